@@ -1,0 +1,53 @@
+"""The user's mistakes, as types. Each ends the program with its documented exit code and one line.
+
+All codes are below 128, so that a Kubernetes operator does not retry what a retry cannot mend
+(design decision "exit codes"). Bugs of ours are not in here: they assert.
+"""
+
+from enum import IntEnum
+from typing import ClassVar
+
+
+class ExitCode(IntEnum):
+    """What the process returns. `>= 128` is left to signals and to what a restart can mend."""
+
+    DONE = 0
+    CONFIG = 2
+    DATA = 3
+    CHECKPOINT = 4
+    PREFLIGHT = 5
+    STOPPED = 143
+
+
+class CadMllmError(Exception):
+    """A mistake that the user can mend. The message says what is wrong and what to do about it."""
+
+    exit_code: ClassVar[ExitCode] = ExitCode.CONFIG
+
+
+class ConfigError(CadMllmError):
+    """A flag, a YAML key, a DeepSpeed JSON value or a model name that cannot be honoured."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class DataError(CadMllmError):
+    """Input files that are missing, unreadable or too often unusable."""
+
+    exit_code = ExitCode.DATA
+
+
+class CadError(DataError):
+    """One model that cannot be parsed, written, decoded or built. Data code sets the sample aside."""
+
+
+class CheckpointError(CadMllmError):
+    """A checkpoint that is missing, incomplete, or that belongs to another run."""
+
+    exit_code = ExitCode.CHECKPOINT
+
+
+class PreflightError(CadMllmError):
+    """A machine that cannot run what was asked of it."""
+
+    exit_code = ExitCode.PREFLIGHT
