@@ -1,0 +1,1 @@
+"""Training: distributed set-up, ZeRO, stages, engine, checkpoints, tracking, and the fit loop."""

@@ -1,0 +1,322 @@
+"""Checkpoints: complete or not there, free of the world size, without pickle.
+
+    <output_dir>/checkpoints/step-00000120/
+        shards/rank-00000-of-00002.safetensors   this rank's fp32 masters and Adam moments, by parameter
+        model/                                   the trained weights as plain peft / transformers load them
+        state.json                               position, configuration, dataset fingerprint, provenance
+        COMPLETE                                 sha256 of every file above; written last
+
+A checkpoint is written under a temporary name, every file is fsynced, then the folder is renamed. A
+shard file says for each parameter which elements it holds, so any engine on any number of ranks can read
+the state of any other. There is no RNG state to keep: every draw follows from (seed, step).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cad_mllm.errors import CheckpointError
+from cad_mllm.train.distributed import World
+from cad_mllm.train.engine import Engine
+from cad_mllm.train.optim import MOMENTS, Flat, get_step, set_step
+
+_COMPLETE = "COMPLETE"
+_STATE = "state.json"
+_MASTER = "master"
+_TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run stands: `step` optimiser steps of `stage` are done, `global_step` in all."""
+
+    stage: int
+    step: int
+    global_step: int
+    stage_complete: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointState:
+    """What a checkpoint says of its run, beside the tensors."""
+
+    position: Position
+    identity: Mapping[str, object]
+    """What must not differ on resume: model, data, order, batch. Flag name -> value."""
+    config: Mapping[str, object]
+    """All flags of the run, for the record."""
+    provenance: Mapping[str, object]
+    steps_by_group: Mapping[str, int]
+    """Updates that each group's Adam moments have seen."""
+
+
+def step_folder(output_dir: Path, global_step: int) -> Path:
+    """Where the checkpoint after so many optimiser steps lies."""
+    return output_dir / "checkpoints" / f"step-{global_step:08d}"
+
+
+def save(
+    folder: Path,
+    engine: Engine,
+    world: World,
+    *,
+    state: Callable[[Mapping[str, int]], CheckpointState],
+    export: Callable[[Path, Mapping[str, Tensor]], None],
+) -> None:
+    """Write one checkpoint; every rank must call this.
+
+    `export` writes the trained weights, given by parameter name (fp32, on the CPU), into a folder in the
+    form in which other tools load them.
+
+    Raises:
+        CheckpointError: the disk does not take it (full, read-only, gone).
+    """
+    try:
+        _save(folder, engine, world, state=state, export=export)
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(
+            f"could not write {folder}: {e}. The checkpoints before it are untouched; make room or mend "
+            f"the volume, and go on with --resume_from_ckpt auto."
+        ) from e
+
+
+def _save(
+    folder: Path,
+    engine: Engine,
+    world: World,
+    *,
+    state: Callable[[Mapping[str, int]], CheckpointState],
+    export: Callable[[Path, Mapping[str, Tensor]], None],
+) -> None:
+    temporary = folder.with_name(_TEMPORARY + folder.name)
+    if world.is_main:
+        for left_by_a_kill in folder.parent.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(left_by_a_kill)
+        (temporary / "shards").mkdir(parents=True)
+    world.barrier()
+    _write_shard(temporary / "shards" / f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors", engine)
+    world.barrier()
+    if world.is_main:
+        reader = ShardReader(temporary / "shards")
+        (temporary / "model").mkdir()
+        export(temporary / "model", {name: reader.full(name) for name in reader.names})
+        steps = {flat.group: get_step(engine.optimizer, flat) for flat in engine.flats}
+        (temporary / _STATE).write_text(json.dumps(asdict(state(steps)), indent=1, default=str))
+        _seal(temporary)
+        if folder.exists():  # the same step written again, after a resume
+            shutil.rmtree(folder)
+        os.rename(temporary, folder)
+        _fsync(folder.parent)
+    world.barrier()
+
+
+def prune(output_dir: Path, *, keep: int) -> None:
+    """Remove all but the newest `keep` step checkpoints (0 keeps all); those at stage ends stay."""
+    if keep == 0:
+        return
+    candidates = [
+        folder
+        for folder in _newest_first(output_dir)
+        if (folder / _COMPLETE).exists() and not read_state(folder).position.stage_complete
+    ]
+    for old in candidates[keep:]:
+        # Renamed first, so that a half-removed folder is never taken for a checkpoint.
+        doomed = old.with_name(_TEMPORARY + old.name)
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.rename(old, doomed)
+        shutil.rmtree(doomed)
+
+
+def find(resume_from: str, output_dir: Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that `--resume_from_ckpt` means; None if `auto` finds that there is none yet.
+
+    With `auto` a damaged checkpoint is named and the one before it is taken.
+
+    Raises:
+        CheckpointError: the named one is damaged or missing, or there are checkpoints and none is usable.
+    """
+    if resume_from != "auto":
+        folder = Path(resume_from)
+        if not (folder / _COMPLETE).exists() and (folder / "checkpoints").is_dir():
+            return find("auto", folder, say) or _none_usable(folder)
+        damage = verify(folder)
+        if damage is not None:
+            raise CheckpointError(f"--resume_from_ckpt {folder}: {damage}. Name another one, or use auto.")
+        return folder
+    candidates = _newest_first(output_dir)
+    for folder in candidates:
+        damage = verify(folder)
+        if damage is None:
+            return folder
+        say(f"checkpoint {folder.name} is not usable ({damage}); trying the one before it")
+    return _none_usable(output_dir) if candidates else None
+
+
+def _none_usable(output_dir: Path) -> None:
+    raise CheckpointError(
+        f"no usable checkpoint in {output_dir / 'checkpoints'}. Restore one, or start afresh in another "
+        f"--output_dir: a run does not start from scratch over a failed resume."
+    )
+
+
+def _newest_first(output_dir: Path) -> list[Path]:
+    return sorted((output_dir / "checkpoints").glob("step-*"), reverse=True)
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, in a few words; None if it is whole."""
+    if not folder.is_dir():
+        return "no such folder"
+    try:
+        manifest = json.loads((folder / _COMPLETE).read_text())
+        files: Mapping[str, str] = manifest["sha256"]
+        for name, digest in files.items():
+            if _sha256(folder / name) != digest:
+                return f"{name} does not match its checksum"
+    except FileNotFoundError as e:
+        return f"{Path(e.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        return f"unreadable: {e}"
+    return None
+
+
+def read_state(folder: Path) -> CheckpointState:
+    """Read what a (verified) checkpoint says of its run.
+
+    Raises:
+        CheckpointError: it was written by another version and says something else.
+    """
+    try:
+        raw = json.loads((folder / _STATE).read_text())
+        return CheckpointState(**{**raw, "position": Position(**raw["position"])})
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise CheckpointError(f"{folder / _STATE}: not the state of a checkpoint of this version ({e}).") from e
+
+
+def load(folder: Path, engine: Engine, state: CheckpointState) -> None:
+    """Read masters and moments into the engine, whatever engine and world size wrote them.
+
+    Raises:
+        CheckpointError: a parameter is missing or has another size.
+    """
+    reader = ShardReader(folder / "shards")
+    with torch.no_grad():
+        for flat in engine.flats:
+            _read_flat(reader, flat, flat.master, _MASTER)
+            optimizer_state = engine.optimizer.state[flat.master]
+            for key in MOMENTS:
+                optimizer_state[key] = torch.zeros_like(flat.master)
+                _read_flat(reader, flat, optimizer_state[key], key)
+            set_step(engine.optimizer, flat, state.steps_by_group.get(flat.group, 0))
+    engine.refresh()
+
+
+def _read_flat(reader: "ShardReader", flat: Flat, target: Tensor, kind: str) -> None:
+    for f in flat.fragments:
+        target[f.offset : f.offset + f.length].copy_(reader.read(kind, f.name, f.start, f.length, f.numel))
+
+
+def _write_shard(path: Path, engine: Engine) -> None:
+    tensors: dict[str, Tensor] = {}
+    table: dict[str, object] = {}
+    for flat in engine.flats:
+        state = engine.optimizer.state[flat.master]
+        for f in flat.fragments:
+            part = slice(f.offset, f.offset + f.length)
+            tensors[f"{_MASTER}/{f.name}"] = flat.master.detach()[part].cpu().clone()
+            for key in MOMENTS:
+                moment = state[key][part].cpu().clone() if key in state else torch.zeros(f.length)
+                tensors[f"{key}/{f.name}"] = moment
+            table[f.name] = {"start": f.start, "numel": f.numel, "shape": list(f.shape)}
+    save_file(tensors, path, metadata={"fragments": json.dumps(table)})
+    _fsync(path)
+
+
+class ShardReader:
+    """Parameters and moments of a checkpoint, from the pieces that its ranks wrote.
+
+    Raises:
+        CheckpointError: a file is unreadable, or elements are missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._pieces: dict[str, list[tuple[int, int, Path]]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._open: dict[Path, safe_open] = {}
+        for path in sorted(folder.glob("rank-*.safetensors")):
+            try:
+                handle = safe_open(path, framework="pt")
+                table = json.loads(handle.metadata()["fragments"])
+                self._open[path] = handle
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
+                raise CheckpointError(f"{path}: not a readable shard ({e}).") from e
+            for name, piece in table.items():
+                length = handle.get_slice(f"{_MASTER}/{name}").get_shape()[0]
+                self._pieces.setdefault(name, []).append((piece["start"], length, path))
+                self._shapes[name] = tuple(piece["shape"])
+        if not self._pieces:
+            raise CheckpointError(f"{folder}: no shards of a checkpoint in here.")
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The parameters in this checkpoint."""
+        return sorted(self._pieces)
+
+    def full(self, name: str) -> Tensor:
+        """A whole master weight, fp32, in its own shape."""
+        shape = self._shapes[name]
+        numel = int(torch.Size(shape).numel())
+        return self.read(_MASTER, name, 0, numel, numel).view(shape)
+
+    def read(self, kind: str, name: str, start: int, length: int, numel: int) -> Tensor:
+        """Elements [start, start + length) of a flattened parameter of `numel` elements."""
+        if name not in self._pieces:
+            raise CheckpointError(f"the checkpoint has no {name}: it belongs to another model or to other LoRA settings.")
+        held = int(torch.Size(self._shapes[name]).numel())
+        if held != numel:
+            raise CheckpointError(f"{name} has {held} elements in the checkpoint and {numel} in this model.")
+        out, filled = torch.empty(length), 0
+        for piece_start, piece_length, path in self._pieces[name]:
+            low, high = max(start, piece_start), min(start + length, piece_start + piece_length)
+            if low < high:
+                part = self._open[path].get_slice(f"{kind}/{name}")[low - piece_start : high - piece_start]
+                out[low - start : high - start] = part
+                filled += high - low
+        if filled != length:
+            raise CheckpointError(f"the checkpoint's shards lack elements of {name}: a shard file is missing.")
+        return out
+
+
+def _seal(folder: Path) -> None:
+    """Write COMPLETE: from here on the folder is a checkpoint. Everything is on the disk before it."""
+    digests = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digests[path.relative_to(folder).as_posix()] = _sha256(path)
+        _fsync(path)
+    mark = folder / _COMPLETE
+    mark.write_text(json.dumps({"sha256": digests}, indent=1))
+    _fsync(mark)
+    for directory in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
+        _fsync(directory)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

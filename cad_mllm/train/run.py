@@ -1,0 +1,247 @@
+"""Set-up of a training run: everything that the fit loop needs, built in the order in which mistakes are cheap."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from cad_mllm.config import ModelConfig, TrainConfig
+from cad_mllm.data.collate import SequenceSpec
+from cad_mllm.data.dummy import write_dummy_data
+from cad_mllm.data.index import Index, IndexReport, build_index, load_index
+from cad_mllm.data.layout import Source, Split
+from cad_mllm.data.order import num_steps
+from cad_mllm.data.sequence import needed_modalities
+from cad_mllm.errors import CheckpointError
+from cad_mllm.model.build import Built, build_model, lm_shape
+from cad_mllm.model.multimodal import parameter_groups
+from cad_mllm.settings import to_flat
+from cad_mllm.train import checkpoint
+from cad_mllm.train.checkpoint import Position
+from cad_mllm.train.distributed import World
+from cad_mllm.train.engine import Engine, PlainEngine, ZeroEngine
+from cad_mllm.train.provenance import provenance
+from cad_mllm.train.stages import Stage, plan
+from cad_mllm.train.tracking import RunTracker, Silent, Tracker
+from cad_mllm.train.zero import ModelShape, OptimizerSettings, ZeroConfig, read_deepspeed_json, resolve
+
+_VALIDATION_SHARE = 8
+"""One validation sample for so many dummy samples (at least `_MIN_VALIDATION`)."""
+_MIN_VALIDATION = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run that is ready to fit."""
+
+    config: TrainConfig
+    world: World
+    stages: tuple[Stage, ...]
+    built: Built
+    spec: SequenceSpec
+    index: Index
+    validation: Index | None
+    engine: Engine
+    tracker: Tracker
+    start: Position | None
+    """Where the loaded checkpoint stands; None at a fresh start."""
+    identity: Mapping[str, object]
+    provenance: Mapping[str, object]
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of one optimiser step, over all micro-batches and ranks."""
+        return _global_batch(self.config, self.world)
+
+    def total_steps(self, stage: Stage) -> int:
+        """Optimiser steps of a stage."""
+        return num_steps(len(self.index), stage.epochs, self.global_batch)
+
+
+def prepare_run(config: TrainConfig, world: World) -> Run:
+    """Check everything, build everything, read the checkpoint.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: whatever the user can mend.
+    """
+    stages = plan(config.curriculum)
+    output_dir = config.run.output_dir
+    output_dir.mkdir(parents=True, exist_ok=True)
+    zero = _resolve_zero(config, world)
+    resume = _find_checkpoint(config, world)
+    sources = _sources(config, world)
+    built = build_model(
+        config.model,
+        seed=config.run.seed,
+        device=world.device,
+        zero3_config=zero.for_sharded_construction if zero is not None else None,
+        allow_random_encoders=config.data.create_dummy_data,
+    )
+    spec = SequenceSpec(
+        image_tokens=built.image_tokens,
+        image_size=built.image_size,
+        image_mean=built.image_mean,
+        image_std=built.image_std,
+        point_tokens=built.point_tokens,
+        num_points=built.num_points,
+        max_seq_length=config.data.max_seq_length,
+    )
+    reports = [_index(config, world, built, spec, stages, split, source) for split, source in sources.items()]
+    indices = [load_index(report.path) for report in reports]
+    identity = _identity(config, _global_batch(config, world), indices[0].fingerprint)
+    state = checkpoint.read_state(resume) if resume is not None else None
+    if state is not None and resume is not None:
+        _check_identity(resume, state.identity, identity)
+    engine = _engine(config, built, zero, world)
+    if state is not None and resume is not None:
+        checkpoint.load(resume, engine, state)
+    tracker: Tracker = Silent()
+    if world.is_main:
+        done = state.position.global_step if state is not None else 0
+        tracker = RunTracker(config.run, run_config=to_flat(config), resumed_step=done)
+    for line in (*built.notes, *(_describe(report) for report in reports)):
+        tracker.say(line)
+    if resume is not None:
+        tracker.say(f"resumed from {resume}")
+    elif config.run.resume_from_ckpt == "auto":
+        tracker.say(f"no checkpoint in {output_dir} yet: starting from the beginning")
+    if len(indices) == 1:
+        tracker.say("no validation data (--val_data_path): training loss only")
+    return Run(
+        config=config,
+        world=world,
+        stages=stages,
+        built=built,
+        spec=spec,
+        index=indices[0],
+        validation=indices[1] if len(indices) > 1 else None,
+        engine=engine,
+        tracker=tracker,
+        start=state.position if state is not None else None,
+        identity=identity,
+        provenance=provenance(world, zero.config if zero is not None else None),
+    )
+
+
+def _global_batch(config: TrainConfig, world: World) -> int:
+    return config.optim.batch_size * config.optim.gradient_accumulation_steps * world.size
+
+
+def _resolve_zero(config: TrainConfig, world: World) -> ZeroConfig | None:
+    if not config.run.deepspeed:
+        return None
+    assert config.run.deepspeed_config is not None, "the settings refuse --deepspeed without a JSON"
+    hidden_size, intermediate_size = lm_shape(config.model)
+    shape = ModelShape(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        lora_r=config.model.lora_r if config.model.use_lora else None,
+    )
+    raw = read_deepspeed_json(config.run.deepspeed_config)
+    return resolve(raw, config, world_size=world.size, shape=shape)
+
+
+def _find_checkpoint(config: TrainConfig, world: World) -> Path | None:
+    """Rank 0 reads and verifies; all ranks get its answer, also when it is an error."""
+    wanted = config.run.resume_from_ckpt
+    if wanted is None:
+        return None
+    return world.from_main(lambda: checkpoint.find(wanted, config.run.output_dir, _say_early))
+
+
+def _sources(config: TrainConfig, world: World) -> dict[Split, Source]:
+    """Where the samples of each split are; dummy data are written here, by rank 0."""
+    if not config.data.create_dummy_data:
+        found: dict[Split, Source | None] = {
+            "train": Source.from_config(config.data, "train"),
+            "val": Source.from_config(config.data, "val"),
+        }
+        return {split: source for split, source in found.items() if source is not None}
+    root, seed, wanted = config.run.output_dir / "dummy_data", config.run.seed, config.data.num_dummy_samples
+    sizes: dict[Split, int] = {"train": wanted, "val": max(_MIN_VALIDATION, wanted // _VALIDATION_SHARE)}
+
+    def write() -> None:
+        for offset, (split, size) in enumerate(sizes.items()):
+            workers = max(1, config.data.num_workers * world.local_size)
+            write_dummy_data(root / split, num_samples=size, seed=seed + offset, workers=workers)
+
+    world.from_main(write)
+    return {split: Source.from_folder(root / split) for split in sizes}
+
+
+def _index(
+    config: TrainConfig,
+    world: World,
+    built: Built,
+    spec: SequenceSpec,
+    stages: tuple[Stage, ...],
+    split: Split,
+    source: Source,
+) -> IndexReport:
+    return world.from_main(
+        lambda: build_index(
+            source,
+            split,
+            built.tokenizer,
+            spec,
+            needs=needed_modalities(stage.mix for stage in stages),
+            target_format=config.data.target_format,
+            bits=config.data.quantization_bits,
+            max_skipped_fraction=config.data.max_skipped_fraction,
+            output_dir=config.run.output_dir,
+            workers=max(1, config.data.num_workers * world.local_size),
+        )
+    )
+
+
+def _identity(config: TrainConfig, global_batch: int, fingerprint: str) -> dict[str, object]:
+    """What a resumed run must share with the run that wrote the checkpoint, to go on where it stopped."""
+    model, data = config.model, config.data
+    return {
+        "--llm_model_name": model.llm_model_name,
+        "--use_lora": model.use_lora,
+        "--lora_r": model.lora_r if model.use_lora else None,
+        "--lora_alpha": model.lora_alpha if model.use_lora else None,
+        "--vision_model_name": model.vision_model_name,
+        "--point_encoder": model.point_encoder,
+        "--target_format": data.target_format,
+        "--quantization_bits": data.quantization_bits,
+        "--max_seq_length": data.max_seq_length,
+        "--seed": config.run.seed,
+        "global batch (--batch_size x --gradient_accumulation_steps x ranks)": global_batch,
+        "training data (fingerprint)": fingerprint,
+    }
+
+
+def _check_identity(folder: Path, saved: Mapping[str, object], now: Mapping[str, object]) -> None:
+    for name, value in now.items():
+        if saved.get(name) != value:
+            raise CheckpointError(
+                f"{folder} was trained with {name} = {saved.get(name)}, this run has {value}. Use the same value, "
+                f"or start afresh in another --output_dir without --resume_from_ckpt."
+            )
+
+
+def _engine(config: TrainConfig, built: Built, zero: ZeroConfig | None, world: World) -> Engine:
+    groups = parameter_groups(built.model)
+    if zero is not None:
+        return ZeroEngine(built.model, groups, zero, world, log_dir=config.run.output_dir)
+    settings = OptimizerSettings(weight_decay=config.optim.weight_decay)
+    return PlainEngine(
+        built.model, groups, settings, max_grad_norm=config.optim.max_grad_norm, device=world.device
+    )
+
+
+def _describe(report: IndexReport) -> str:
+    """What a person must know of the data before the training starts."""
+    line = f"{report.split} data: {report.num_usable} samples"
+    if report.num_too_long:
+        line += f"; {report.num_too_long} longer than --max_seq_length dropped ({report.too_long_share:.1%})"
+    if report.num_skipped:
+        reasons = ", ".join(f"{n} x {why}" for why, n in report.reasons.items())
+        line += f"; {report.num_skipped} set aside, see skipped.jsonl ({reasons})"
+    return line
+
+
+def _say_early(message: str) -> None:
+    """Before there is a tracker: rank 0's finding, on the console."""
+    print(message, flush=True)
