@@ -1,0 +1,1 @@
+"""CAD geometry as data. Nothing below this folder imports torch."""

@@ -1,0 +1,217 @@
+"""From loose curves to loops, and from loose loops to profiles with holes.
+
+Array suffixes: K curves, L loops, P points, V corners of a polygon, C coordinates.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cad_mllm.cad.geometry import arc_center, arc_middle, area, reach
+from cad_mllm.cad.program import Arc, Circle, Line, Loop, Path, Profile, Vec2
+from cad_mllm.errors import CadError
+
+FloatArray = NDArray[np.float64]
+
+GAP_TOLERANCE = 1e-3
+"""Largest gap between the end points of neighbouring curves, in sizes of their loop."""
+POINT_TOLERANCE = 1e-9
+"""What is shorter or smaller than this, in sizes of its loop (squared for an area), is nothing."""
+_SEGMENTS_PER_TURN = 64
+_PROBES = 8
+_CHUNK = 1 << 20  # cells of a point-in-polygon table that are held at a time
+
+
+@dataclass(frozen=True)
+class OpenCurve:
+    """A curve that is not closed in itself: a line (`sweep` 0) or an arc from `start` to `end`."""
+
+    start: Vec2
+    end: Vec2
+    sweep: float = 0.0
+
+    def reversed(self) -> "OpenCurve":
+        """The same points, run through the other way."""
+        return OpenCurve(self.end, self.start, -self.sweep)
+
+
+def chain(curves: Sequence[OpenCurve]) -> list[Loop]:
+    """Join curves, in any order and direction, into closed loops; end points are snapped together exactly.
+
+    Curves without length and loops without area are left out. Raises CadError where a gap stays open.
+    """
+    if not curves:
+        return []
+    loose = _LooseEnds(curves)
+    loops = []
+    while (first := loose.first()) is not None:
+        loop = _closed(_run(first, loose, len(curves)))
+        if abs(area(loop)) > POINT_TOLERANCE * loose.size**2:
+            loops.append(loop)
+    return loops
+
+
+class _LooseEnds:
+    """The curves that are not in a loop yet, found by their end points."""
+
+    def __init__(self, curves: Sequence[OpenCurve]) -> None:
+        self._curves = curves
+        self._ends_K2C = np.array([(curve.start, curve.end) for curve in curves], dtype=np.float64)
+        self.size = float(np.ptp(self._ends_K2C.reshape(-1, 2), axis=0).max())
+        lengths_K = np.linalg.norm(self._ends_K2C[:, 0] - self._ends_K2C[:, 1], axis=1)
+        self._used_K = lengths_K <= POINT_TOLERANCE * self.size
+        self._at: dict[Vec2, list[tuple[int, int]]] = {}
+        for index, curve in enumerate(curves):
+            self._at.setdefault(curve.start, []).append((index, 0))
+            self._at.setdefault(curve.end, []).append((index, 1))
+
+    def first(self) -> OpenCurve | None:
+        """Take the first curve that is left."""
+        index = int(np.argmin(self._used_K))
+        return None if self._used_K[index] else self.take(index, 0)
+
+    def take(self, index: int, end: int) -> OpenCurve:
+        """Take a curve, turned so that it begins at `end` (0: its start)."""
+        self._used_K[index] = True
+        return self._curves[index] if end == 0 else self._curves[index].reversed()
+
+    def nearest(self, point: Vec2) -> tuple[float, int, int]:
+        """Distance to the nearest loose end (infinity if none is left), its curve's index, and which end."""
+        here = self._at.get(point, [])
+        while here and self._used_K[here[-1][0]]:
+            here.pop()
+        if here:  # in nearly all files the ends meet exactly
+            return 0.0, *here[-1]
+        gap_K2 = np.linalg.norm(self._ends_K2C - np.asarray(point), axis=2)
+        gap_K2[self._used_K] = np.inf
+        index, end = divmod(int(np.argmin(gap_K2)), 2)
+        return float(gap_K2[index, end]), index, end
+
+
+def _run(first: OpenCurve, loose: _LooseEnds, count: int) -> list[OpenCurve]:
+    """Follow nearest end points from the first curve until the run is closed."""
+    run, tolerance = [first], GAP_TOLERANCE * loose.size
+    while True:
+        here = run[-1].end
+        to_start = math.dist(here, run[0].start)
+        gap, index, end = loose.nearest(here) if to_start > 0 else (math.inf, 0, 0)
+        if to_start <= min(gap, tolerance):
+            return run
+        if gap > tolerance:
+            raise CadError(
+                f"a sketch loop of {count} curves is open: a gap of {min(gap, to_start):.3g} at "
+                f"({here[0]:.6g}, {here[1]:.6g}); close the sketch"
+            )
+        run.append(loose.take(index, end))
+
+
+def _closed(run: Sequence[OpenCurve]) -> Loop:
+    ends = [curve.end for curve in run[:-1]] + [run[0].start]
+    path = Path(
+        run[0].start,
+        tuple(
+            Arc(end, curve.sweep) if curve.sweep else Line(end) for curve, end in zip(run, ends, strict=True)
+        ),
+    )
+    return _as_circle(path) or path
+
+
+def _as_circle(path: Path) -> Circle | None:
+    """The circle that arcs of one turn about one centre make up together, if that is what the path is."""
+    arcs = [segment for segment in path.segments if isinstance(segment, Arc)]
+    if len(arcs) != len(path.segments) or abs(abs(math.fsum(a.sweep for a in arcs)) - 2 * math.pi) > 1e-6:
+        return None
+    starts = [path.start, *(a.end for a in arcs[:-1])]
+    if any(start == arc.end for start, arc in zip(starts, arcs, strict=True)):
+        return None
+    centers = [arc_center(start, arc) for start, arc in zip(starts, arcs, strict=True)]
+    radius = math.dist(centers[0], path.start)
+    if any(math.dist(center, centers[0]) > 1e-6 * radius for center in centers):
+        return None
+    return Circle(centers[0], radius)
+
+
+def nest(loops: Sequence[Loop]) -> list[Profile]:
+    """Sort loops that do not cross into profiles, by even-odd containment.
+
+    Loops may touch: whether a loop lies in another is put to the vote of points along it.
+    """
+    if not loops:
+        return []
+    order = sorted(range(len(loops)), key=lambda i: -abs(area(loops[i])))
+    ranked = [loops[i] for i in order]
+    box_L4 = np.array([(*reach(loop, (1.0, 0.0)), *reach(loop, (0.0, 1.0))) for loop in ranked]).reshape(
+        -1, 4
+    )
+    probes_LPC = np.stack([_probes(loop) for loop in ranked]) if ranked else np.zeros((0, _PROBES, 2))
+    slack = 1e-6 * float(np.ptp(box_L4[:, :2]) + np.ptp(box_L4[:, 2:])) if ranked else 0.0
+    depths, parents = [0] * len(ranked), [-1] * len(ranked)
+    for i, loop in enumerate(ranked):
+        low, high = box_L4[i, ::2] - slack, box_L4[i, 1::2] + slack
+        within_L = (box_L4[:, ::2] >= low).all(axis=1) & (box_L4[:, 1::2] <= high).all(axis=1)
+        candidates = [j for j in np.flatnonzero(within_L) if j > i]
+        inside_LP = _contains(loop, probes_LPC[candidates].reshape(-1, 2)).reshape(-1, _PROBES)
+        for j, votes in zip(candidates, inside_LP.sum(axis=1), strict=True):
+            if 2 * votes > _PROBES:
+                depths[j] += 1
+                parents[j] = i  # the smallest container so far: containers come in order of falling area
+    outers = sorted((i for i in range(len(ranked)) if depths[i] % 2 == 0), key=lambda i: order[i])
+    holes: dict[int, list[int]] = {i: [] for i in outers}
+    for i in sorted(range(len(ranked)), key=lambda i: order[i]):
+        if depths[i] % 2:
+            holes[parents[i]].append(i)
+    return [Profile(ranked[i], tuple(ranked[j] for j in holes[i])) for i in outers]
+
+
+def _probes(loop: Loop) -> FloatArray:
+    """Points along the loop, (_PROBES, 2)."""
+    polygon_VC = _polygon(loop)
+    middles_VC = (polygon_VC + np.roll(polygon_VC, -1, axis=0)) / 2
+    return middles_VC[np.arange(_PROBES) * len(middles_VC) // _PROBES]
+
+
+def _polygon(loop: Loop) -> FloatArray:
+    """Corners of a polygon close to the loop, (V, 2)."""
+    if isinstance(loop, Circle):
+        turn_V = np.linspace(0.0, 2 * math.pi, _SEGMENTS_PER_TURN, endpoint=False)
+        return np.asarray(loop.center) + loop.radius * np.stack([np.cos(turn_V), np.sin(turn_V)], axis=1)
+    corners: list[Vec2] = []
+    here = loop.start
+    for segment in loop.segments:
+        corners.append(here)
+        if isinstance(segment, Arc):
+            corners.extend(_arc_points(here, segment))
+        here = segment.end
+    return np.array(corners, dtype=np.float64)
+
+
+def _arc_points(start: Vec2, arc: Arc) -> list[Vec2]:
+    """Points within the arc, by halving: two for a short one, more for a long one."""
+    middle = arc_middle(start, arc)
+    if abs(arc.sweep) < 2 * 2 * math.pi / _SEGMENTS_PER_TURN:
+        return [middle]
+    half = arc.sweep / 2
+    return [*_arc_points(start, Arc(middle, half)), middle, *_arc_points(middle, Arc(arc.end, half))]
+
+
+def _contains(loop: Loop, points_PC: FloatArray) -> NDArray[np.bool_]:
+    """Which points lie inside the loop, (P,) bool: the even-odd rule along a ray to the right."""
+    if isinstance(loop, Circle):
+        offset_PC = points_PC - np.asarray(loop.center)
+        within_P: NDArray[np.bool_] = np.hypot(offset_PC[:, 0], offset_PC[:, 1]) < loop.radius
+        return within_P
+    a_VC = _polygon(loop)
+    b_VC = np.roll(a_VC, -1, axis=0)
+    rise_V = b_VC[:, 1] - a_VC[:, 1]
+    slope_V = np.divide(b_VC[:, 0] - a_VC[:, 0], rise_V, out=np.zeros_like(rise_V), where=rise_V != 0)
+    inside_P = np.zeros(len(points_PC), dtype=np.bool_)
+    step = max(1, _CHUNK // len(a_VC))
+    for begin in range(0, len(points_PC), step):
+        x_P1, y_P1 = points_PC[begin : begin + step, :1], points_PC[begin : begin + step, 1:]
+        crossed_PV = (a_VC[:, 1] > y_P1) != (b_VC[:, 1] > y_P1)
+        right_PV = x_P1 < a_VC[:, 0] + (y_P1 - a_VC[:, 1]) * slope_V
+        inside_P[begin : begin + step] = (crossed_PV & right_PV).sum(axis=1) % 2 == 1
+    return inside_P
