@@ -1,0 +1,92 @@
+"""Run a function over many items in worker processes, each item under its own time and memory limit.
+
+A geometry kernel can loop for minutes, swallow all memory or take its process down on one bad model; here
+that costs this one item, and its worker is replaced. Processes are spawned, never forked: forking a process
+that has threads (torch, OpenMP, a progress bar) can deadlock the child.
+"""
+
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+from pebble import ProcessExpired, ProcessPool
+
+from cad_mllm.errors import CadError
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+_QUEUED_PER_WORKER = 4
+"""Items handed out ahead, so that no worker waits for this process; the rest of the iterable stays unread."""
+
+
+def run_limited(
+    fn: Callable[[_Item], _Result],
+    items: Iterable[_Item],
+    *,
+    workers: int,
+    seconds: float,
+    memory_mb: int = 4096,
+) -> Iterator[tuple[int, _Result | CadError]]:
+    """Yield (index of the item, `fn(item)`) as results come in, in any order.
+
+    `fn` must be importable by name, items and results picklable. An item for which `fn` raises CadError, runs
+    longer than `seconds`, needs more than `memory_mb` megabytes beyond what its worker began with, or brings
+    its worker down, yields a CadError in place of a result. Any other exception is a bug and is raised here.
+    Leaving the iterator early, by `break`, `close()` or an exception such as Ctrl-C, ends the workers.
+    """
+    assert workers >= 1 and seconds > 0 and memory_mb > 0, (workers, seconds, memory_mb)
+    pool = ProcessPool(
+        max_workers=workers,
+        context=get_context("spawn"),
+        initializer=_limit_worker,
+        initargs=(fn, memory_mb),
+    )
+    numbered = enumerate(items)
+    running: dict[Future[_Result | CadError], int] = {}
+    try:
+        while True:
+            for index, item in islice(numbered, workers * _QUEUED_PER_WORKER - len(running)):
+                running[pool.schedule(fn, args=(item,), timeout=seconds)] = index
+            if not running:
+                return
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                yield running.pop(future), _outcome(future, seconds, memory_mb)
+    finally:
+        pool.stop()
+        pool.join()
+
+
+def _outcome(future: "Future[_Result | CadError]", seconds: float, memory_mb: int) -> _Result | CadError:
+    try:
+        return future.result()
+    except CadError as error:
+        return error
+    except TimeoutError:
+        return CadError(f"the model took longer than {seconds:g} s")
+    except MemoryError:
+        return CadError(f"the model needs more than {memory_mb} MB")
+    except ProcessExpired as error:
+        code = error.exitcode or 0
+        how = f"signal {-code}: {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return CadError(f"the worker died on the model ({how})")
+
+
+def _limit_worker(fn: Callable[[_Item], _Result], memory_mb: int) -> None:
+    """Limit what a worker may add to what it has: receiving `fn` has just imported all that `fn` needs."""
+    # Kernel code does not return to Python for minutes: only the default action stops it at once.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Address space is what Linux limits reliably. Libraries map far more than they touch: count from here.
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    limit = mapped + memory_mb * 2**20
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(
+        resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+    )

@@ -1,0 +1,83 @@
+"""Worker processes: limits hold per item, and one bad item costs nothing but itself."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from cad_mllm.cad.worker import run_limited
+from cad_mllm.errors import CadError
+
+
+def misbehave(how: str) -> str:
+    match how:
+        case "sleep":
+            time.sleep(60)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "exit":
+            os._exit(3)
+        case "allocate":
+            return str(len(bytearray(3 * 2**30)))
+        case "refuse":
+            raise CadError("this model is bad")
+        case "bug":
+            raise ZeroDivisionError("a bug")
+    return how.upper()
+
+
+def pid_after(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def test_each_item_has_its_own_limits_and_the_others_are_fine() -> None:
+    items = ["a", "sleep", "b", "kill", "c", "allocate", "d", "exit", "e", "refuse", "f"]
+    results = dict(run_limited(misbehave, items, workers=2, seconds=2, memory_mb=1024))
+    errors = {items[i]: str(r) for i, r in results.items() if isinstance(r, CadError)}
+    assert {results[i] for i, item in enumerate(items) if len(item) == 1} == set("ABCDEF")
+    assert errors == {
+        "sleep": "the model took longer than 2 s",
+        "kill": "the worker died on the model (signal 9: SIGKILL)",
+        "allocate": "the model needs more than 1024 MB",
+        "exit": "the worker died on the model (exit code 3)",
+        "refuse": "this model is bad",
+    }
+
+
+def test_a_bug_is_raised_not_set_aside() -> None:
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        list(run_limited(misbehave, ["a", "bug"], workers=1, seconds=10))
+    assert not multiprocessing.active_children()
+
+
+def test_results_stream_and_leaving_early_ends_the_workers() -> None:
+    started = time.monotonic()
+    results = run_limited(pid_after, [0.0, 60.0, 60.0], workers=2, seconds=100)
+    index, pid = next(results)
+    assert index == 0 and isinstance(pid, int)
+    results.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - started < 30
+    assert not multiprocessing.active_children()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_long_iterable_is_read_only_as_far_as_needed() -> None:
+    read = []
+
+    def items():  # type: ignore[no-untyped-def]
+        for i in range(10**6):
+            read.append(i)
+            yield 0.0
+
+    results = run_limited(pid_after, items(), workers=1, seconds=10)
+    next(results)
+    results.close()  # type: ignore[attr-defined]
+    assert len(read) < 20
+
+
+def test_no_items_no_results() -> None:
+    assert list(run_limited(misbehave, [], workers=2, seconds=1)) == []
