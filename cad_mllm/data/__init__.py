@@ -1,0 +1,1 @@
+"""Files -> index of usable samples -> order of the steps -> batches."""

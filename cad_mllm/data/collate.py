@@ -1,0 +1,170 @@
+"""Samples -> one right-padded micro-batch of plain tensors.
+
+Shapes: B samples, T positions, S supervised positions; N images (3, H, W); M clouds of P points with
+C = 6 channels (xyz, unit normal). A modality that a sample lacks leaves no trace in its sequence.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from cad_mllm.data import order
+from cad_mllm.data.files import FloatArray
+from cad_mllm.data.sequence import Combo, SequenceSpec, build_prompt
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Sample",
+    "SequenceSpec",
+    "build_prompt",
+    "collate",
+    "image_array",
+    "normalise_points",
+]
+
+IGNORED = -100
+"""The label of a position that is not learned."""
+
+_WHITE = (255, 255, 255)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sample:
+    """One sequence before batching. Without target (generation) nothing in it is supervised."""
+
+    id: str
+    combo: Combo
+    bos: Sequence[int]
+    """`[BOS]` or empty."""
+    prompt: Sequence[int]
+    """Ids of instruction + caption; never empty."""
+    target: Sequence[int]
+    """Ids of the target text and EOS; empty for generation."""
+    image_3HW: FloatArray | None = None
+    points_PC: FloatArray | None = None
+    supervised: bool = True
+    """False: the sample only keeps a rank busy, all its labels are ignored."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """One micro-batch."""
+
+    tokens_BT: Tensor
+    """int64; the pad id at modality placeholders and at padding."""
+    attention_mask_BT: Tensor
+    """int64; 1 on the sequence, 0 on padding."""
+    labels_BT: Tensor
+    """int64, not shifted; IGNORED except on target text and EOS."""
+    images_NCHW: Tensor
+    """float32, normalised for the vision encoder; N may be 0."""
+    image_rows: Tensor
+    """int64 (N * image_tokens,): where the image tokens go, flat in B * T."""
+    points_MPC: Tensor
+    """float32; M may be 0."""
+    point_rows: Tensor
+    """int64 (M * point_tokens,): where the point tokens go, flat in B * T."""
+    sample_ids: tuple[str, ...]
+    combos: tuple[Combo, ...]
+    num_supervised: int
+    """Labels that are not IGNORED."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on `device` (asynchronously from pinned memory)."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory; torch's DataLoader asks for it by this name."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors: dict[str, Any] = {name: change(v) for name, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
+
+def normalise_points(points_NC: FloatArray) -> FloatArray:
+    """The cloud with its box centred at the origin and the longest half-extent 1; normals as they are."""
+    low, high = points_NC[:, :3].min(axis=0), points_NC[:, :3].max(axis=0)
+    half_extent = float((high - low).max()) / 2
+    centred = points_NC[:, :3] - (low + high) / 2
+    xyz = centred / half_extent if half_extent > 0 else centred  # a single point has no extent
+    return np.concatenate([xyz, points_NC[:, 3:]], axis=1, dtype=np.float32)
+
+
+def select_points(points_NC: FloatArray, spec: SequenceSpec, draw: tuple[int, int, int, str]) -> FloatArray:
+    """`spec.num_points` normalised points (P, 6) of a cloud, drawn by (seed, stage, epoch, sample id)."""
+    rows = order.draw_points(*draw, len(points_NC), spec.num_points)
+    return normalise_points(points_NC)[rows]
+
+
+def image_array(image: Image.Image, spec: SequenceSpec) -> FloatArray:
+    """An RGB picture as (3, H, W), proportions kept on a white square, normalised for the vision encoder."""
+    square = ImageOps.pad(image, (spec.image_size, spec.image_size), Image.Resampling.BICUBIC, color=_WHITE)
+    unit_HW3 = np.asarray(square, dtype=np.float32) / 255
+    mean, std = np.asarray(spec.image_mean, np.float32), np.asarray(spec.image_std, np.float32)
+    return np.ascontiguousarray(((unit_HW3 - mean) / std).transpose(2, 0, 1))
+
+
+def collate(samples: Sequence[Sample], spec: SequenceSpec, pad_id: int) -> Batch:
+    """One batch of the samples in their order; the index has made sure that each fits."""
+    rows = [_layout(sample, spec) for sample in samples]
+    longest = max(len(row.tokens) for row in rows)
+    assert longest <= spec.max_seq_length, "the index lets no sample through that does not fit"
+    tokens_BT = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    mask_BT = np.zeros_like(tokens_BT)
+    labels_BT = np.full_like(tokens_BT, IGNORED)
+    image_rows: list[np.ndarray] = []
+    point_rows: list[np.ndarray] = []
+    for b, (row, sample) in enumerate(zip(rows, samples, strict=True)):
+        length, start = len(row.tokens), len(row.tokens) - len(sample.target)
+        tokens_BT[b, :length] = [pad_id if token is None else token for token in row.tokens]
+        mask_BT[b, :length] = 1
+        if sample.supervised:
+            labels_BT[b, start:length] = sample.target
+        image_rows.append(b * longest + np.arange(*row.image))
+        point_rows.append(b * longest + np.arange(*row.points))
+    size = spec.image_size
+    return Batch(
+        tokens_BT=torch.from_numpy(tokens_BT),
+        attention_mask_BT=torch.from_numpy(mask_BT),
+        labels_BT=torch.from_numpy(labels_BT),
+        images_NCHW=_stack([s.image_3HW for s in samples], (3, size, size)),
+        image_rows=torch.from_numpy(np.concatenate(image_rows)),
+        points_MPC=_stack([s.points_PC for s in samples], (spec.num_points, 6)),
+        point_rows=torch.from_numpy(np.concatenate(point_rows)),
+        sample_ids=tuple(s.id for s in samples),
+        combos=tuple(s.combo for s in samples),
+        num_supervised=int((labels_BT != IGNORED).sum()),
+    )
+
+
+@dataclass(frozen=True)
+class _Row:
+    tokens: list[int | None]
+    """None at modality placeholders."""
+    image: tuple[int, int]
+    """Where the image tokens stand: [start, end)."""
+    points: tuple[int, int]
+
+
+def _layout(sample: Sample, spec: SequenceSpec) -> _Row:
+    image_end = len(sample.bos) + (0 if sample.image_3HW is None else spec.image_tokens)
+    points_end = image_end + (0 if sample.points_PC is None else spec.point_tokens)
+    placeholders: list[int | None] = [None] * (points_end - len(sample.bos))
+    return _Row(
+        [*sample.bos, *placeholders, *sample.prompt, *sample.target],
+        (len(sample.bos), image_end),
+        (image_end, points_end),
+    )
+
+
+def _stack(arrays: Sequence[FloatArray | None], shape: tuple[int, ...]) -> Tensor:
+    present = [array for array in arrays if array is not None]
+    return torch.from_numpy(np.stack(present)) if present else torch.empty((0, *shape), dtype=torch.float32)

@@ -1,0 +1,99 @@
+"""Reading one sample's files: everything in them is outside data and may be wrong.
+
+Shapes: N points of a cloud, C = 6 channels (xyz, unit normal).
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from cad_mllm.cad import codec, omnicad
+from cad_mllm.cad.normalise import normalise
+from cad_mllm.config import TargetFormat
+from cad_mllm.errors import CadError, DataError
+
+FloatArray = npt.NDArray[np.float32]
+
+POINT_KEYS = ("points", "xyz")
+_WHITE = (255, 255, 255)
+
+
+class UnusableFileError(DataError):
+    """A file of a sample that cannot be used; `reason` begins with a category, then `: ` and details."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(path, reason)  # both, so that it survives the way out of a worker process
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def read_target(path: Path, target_format: TargetFormat, bits: int) -> str:
+    """The text that a sample teaches, from its Omni-CAD JSON; UnusableFileError for an invalid program."""
+    try:
+        program = omnicad.read(path)
+        if target_format == "command":
+            return codec.encode(normalise(program).program, bits=bits)
+        return json.dumps(json.loads(path.read_bytes()), separators=(",", ":"), ensure_ascii=False)
+    except CadError as error:
+        detail = str(error).removeprefix(f"{path}: ")
+        raise UnusableFileError(path, f"unusable model: {detail}") from error
+
+
+def load_points(path: Path) -> FloatArray:
+    """A cloud (N, 6), N >= 1, finite, with normals; UnusableFileError for anything else."""
+    try:
+        points = _raw_points(path)
+    except Exception as error:  # numpy's and zip's readers raise many types on broken bytes
+        raise UnusableFileError(path, f"unreadable points: {error}") from error
+    return _checked_points(points, path)
+
+
+def _raw_points(path: Path) -> npt.NDArray[np.generic]:
+    loaded = np.load(path, allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        return loaded
+    with loaded:
+        for key in POINT_KEYS:
+            if key in loaded:
+                return np.asarray(loaded[key])
+    raise ValueError(f"none of the keys {', '.join(POINT_KEYS)}")
+
+
+def _checked_points(points: npt.NDArray[np.generic], path: Path) -> FloatArray:
+    if points.dtype.kind not in "fiu" or points.ndim != 2 or points.shape[1] not in (3, 6):
+        raise UnusableFileError(
+            path, f"points of a wrong form: {points.dtype} {points.shape}, not numbers (N, 6)"
+        )
+    if len(points) == 0:
+        raise UnusableFileError(path, "no points in the file")
+    if points.shape[1] == 3:
+        raise UnusableFileError(path, "points without normals: (N, 3); make them with cad-mllm prepare")
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes inf, and is refused as such
+        points_NC = points.astype(np.float32)
+    if not np.isfinite(points_NC).all():
+        raise UnusableFileError(path, "points that are not finite (NaN or infinite)")
+    if not points_NC[:, 3:].any():
+        raise UnusableFileError(path, "points without normals: all zero; make them with cad-mllm prepare")
+    return points_NC
+
+
+def load_image(path: Path) -> Image.Image:
+    """A fully decoded RGB picture, transparent parts white; UnusableFileError for a broken or cut file."""
+    try:
+        with Image.open(path) as image:
+            image.verify()
+        with Image.open(
+            path
+        ) as image:  # verify() leaves the object unusable, and does not see a missing tail
+            rgba = image.convert("RGBA")
+    except Exception as error:  # decoders raise many types on broken bytes
+        raise UnusableFileError(path, f"unreadable image: {error}") from error
+    picture = Image.new("RGB", rgba.size, _WHITE)
+    picture.paste(rgba, mask=rgba.getchannel("A"))
+    return picture

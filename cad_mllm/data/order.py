@@ -1,0 +1,98 @@
+"""Which sample comes in which step, with which modalities: pure functions of the seed.
+
+Every draw comes from (seed, stage, epoch, sample id) through blake2b, or from the raw stream of a numpy bit
+generator keyed by it (raw streams, unlike numpy's samplers, are the same in every numpy version). Nothing
+depends on global random state, on the number of workers or ranks, or on what was drawn before.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from cad_mllm.data.sequence import MODALITIES, Combo, Mix
+
+T = TypeVar("T")
+
+IntArray = npt.NDArray[np.int64]
+
+
+def stable_hash(*parts: int | str) -> int:
+    """A 64-bit number that follows from the parts alone, in every process and on every machine."""
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _permutation(length: int, key: int) -> IntArray:
+    keys = np.random.Philox(key=key).random_raw(length)
+    return np.argsort(keys, kind="stable").astype(np.int64)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_samples: int, seed: int, stage: int, epoch: int) -> IntArray:
+    """Sample indices of one epoch (num_samples,), each exactly once; read-only."""
+    order = _permutation(num_samples, stable_hash("order", seed, stage, epoch))
+    order.setflags(write=False)
+    return order
+
+
+def num_steps(num_samples: int, epochs: int, global_batch: int) -> int:
+    """Optimiser steps that see every sample at least `epochs` times; only the last step runs past them."""
+    return -(-num_samples * epochs // global_batch)
+
+
+def step_samples(
+    num_samples: int, global_batch: int, seed: int, stage: int, step: int
+) -> list[tuple[int, int]]:
+    """The `global_batch` samples of a step as (sample index, epoch).
+
+    A stage reads its epochs' orders one after the other; step s takes positions [s * global_batch,
+    (s + 1) * global_batch) of that, across the border of two epochs where it falls inside.
+    """
+    positions = range(step * global_batch, (step + 1) * global_batch)
+    return [
+        (int(epoch_order(num_samples, seed, stage, position // num_samples)[position % num_samples]),
+         position // num_samples)
+        for position in positions
+    ]  # fmt: skip
+
+
+def rank_micro_batches(
+    samples: Sequence[T], *, batch_size: int, accumulation: int, rank: int, world_size: int
+) -> list[Sequence[T]]:
+    """One rank's share of a step: micro-batch `a * world_size + rank` for each accumulation index a.
+
+    Micro-batch j of the step is `samples[j * batch_size : (j + 1) * batch_size]`, whoever computes it.
+    """
+    assert len(samples) == batch_size * accumulation * world_size, "a step is a whole number of micro-batches"
+    numbers = (a * world_size + rank for a in range(accumulation))
+    return [samples[j * batch_size : (j + 1) * batch_size] for j in numbers]
+
+
+def draw_combo(seed: int, stage: int, epoch: int, sample_id: str, mix: Mix) -> Combo:
+    """The modality combination of a sample in an epoch, by the shares of `mix` (normalised by their sum)."""
+    combos = [combo for combo in MODALITIES if mix.get(combo, 0.0) > 0]
+    assert combos, "a mix has at least one combination"
+    edges = np.cumsum([mix[combo] for combo in combos])
+    uniform = stable_hash("combo", seed, stage, epoch, sample_id) / 2**64
+    return combos[min(int(np.searchsorted(edges, uniform * edges[-1], side="right")), len(combos) - 1)]
+
+
+def draw_view(seed: int, stage: int, epoch: int, sample_id: str, num_views: int) -> int:
+    """Which of a sample's views is fed in an epoch: 0 <= view < num_views."""
+    return stable_hash("view", seed, stage, epoch, sample_id) % num_views
+
+
+def draw_points(
+    seed: int, stage: int, epoch: int, sample_id: str, num_available: int, num_points: int
+) -> IntArray:
+    """Rows (num_points,) of a cloud of `num_available` points: all different where there are enough of them.
+
+    A smaller cloud is repeated as evenly as possible: no point is left out.
+    """
+    order = _permutation(num_available, stable_hash("points", seed, stage, epoch, sample_id))
+    return np.resize(order, num_points)

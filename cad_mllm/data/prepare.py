@@ -1,0 +1,278 @@
+"""From a folder of Omni-CAD JSON to a data set: points with normals, views, captions.
+
+Every file is written to a temporary name and renamed, and follows from its model alone: whatever the number
+of workers, and wherever an earlier run was killed, the same files come out.
+"""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from cad_mllm.cad import omnicad
+from cad_mllm.cad.normalise import Normalised, normalise
+from cad_mllm.cad.worker import run_limited
+from cad_mllm.data.atomic import atomic_path, write_json
+from cad_mllm.data.captions import SOURCE_KEY, TEMPLATE, template_caption
+from cad_mllm.data.files import load_points
+from cad_mllm.data.layout import (
+    CAPTION_KEY,
+    IMAGE_FOLDER,
+    JSON_FOLDER,
+    POINT_FOLDERS,
+    TEXT_FOLDER,
+    id_fault,
+    view_path,
+    walk_files,
+)
+from cad_mllm.data.order import stable_hash
+from cad_mllm.data.progress import SlowProgress
+from cad_mllm.errors import CadError, ConfigError, DataError
+
+REPORT_FILE = "prepare_report.json"
+
+_SETTINGS_FILE = "prepare_settings.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings:
+    """What the files of a model look like."""
+
+    points: int = 8192
+    views: int = 8
+    size: int = 224
+    """Height and width of a view in pixels."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A model that was left out."""
+
+    id: str
+    reason: str
+    seconds: float | None
+    """Spent on it; None where the process was ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareReport:
+    """What a run of `prepare` did."""
+
+    made: int
+    already_there: int
+    skipped: tuple[Failed, ...]
+    """Sorted by id."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Job:
+    id: str
+    json_root: Path
+    out: Path
+    settings: PrepareSettings
+    captioned: bool
+    """Whether a template caption is wanted."""
+
+
+@dataclass(frozen=True)
+class _Done:
+    made: bool
+    caption: str | None
+
+
+def prepare(
+    json_root: Path,
+    out: Path,
+    *,
+    txt_root: Path | None = None,
+    workers: int,
+    seconds: float = 60.0,
+    points: int = 8192,
+    views: int = 8,
+    size: int = 224,
+) -> PrepareReport:
+    """Make `out/{json,txt,pcd,img}` from the models below `json_root`, each within `seconds`.
+
+    Models whose files are complete are not made again. Captions are those of `txt_root`, or templates made
+    from the programs, marked `"caption_source": "template"`. Models that fail are left out and stand in the
+    report (also written to `out/prepare_report.json`).
+    Raises DataError if there are no models or the captions cannot be read, ConfigError if `out` was begun
+    with other settings.
+    """
+    started = time.monotonic()
+    settings = PrepareSettings(points=points, views=views, size=size)
+    ids = _model_ids(json_root)
+    captions = None if txt_root is None else _read_caption_files(txt_root)
+    _claim(out, settings)
+    jobs = [_Job(sample_id, json_root, out, settings, captions is None) for sample_id in ids]
+    done: dict[str, _Done] = {}
+    failed: list[Failed] = []
+    with SlowProgress("Preparing models", len(jobs)) as progress:
+        for number, outcome in run_limited(_prepare_one, jobs, workers=workers, seconds=seconds):
+            progress.advance()
+            if isinstance(outcome, CadError):
+                failed.append(Failed(ids[number], str(outcome), None))
+            elif isinstance(outcome, Failed):
+                failed.append(outcome)
+            else:
+                done[ids[number]] = outcome
+    if captions is None:
+        captions = _template_files({sample_id: one.caption for sample_id, one in sorted(done.items())})
+    if txt_root is None or not _same_folder(txt_root, out / TEXT_FOLDER):
+        _write_caption_files(out / TEXT_FOLDER, captions, done.keys())
+    report = PrepareReport(
+        made=sum(one.made for one in done.values()),
+        already_there=sum(not one.made for one in done.values()),
+        skipped=tuple(sorted(failed, key=lambda one: one.id)),
+        seconds=time.monotonic() - started,
+    )
+    write_json(out / REPORT_FILE, asdict(report))
+    return report
+
+
+def print_report(report: PrepareReport, console: Console) -> None:
+    """The report as a table: counts, then each model that was left out and why."""
+    table = Table(title=f"{report.seconds:.0f} s")
+    table.add_column("models")
+    table.add_column("", justify="right")
+    for name, count in (
+        ("made", report.made),
+        ("already there", report.already_there),
+        ("skipped", len(report.skipped)),
+    ):
+        table.add_row(name, str(count))
+    console.print(table)
+    if report.skipped:
+        reasons = Table("skipped", "reason", "seconds")
+        for one in report.skipped:
+            reasons.add_row(one.id, one.reason, "" if one.seconds is None else f"{one.seconds:.1f}")
+        console.print(reasons)
+
+
+def _model_ids(json_root: Path) -> list[str]:
+    if not json_root.is_dir():
+        raise DataError(f"--json_root {json_root} is not a folder")
+    ids = [name.removesuffix(".json") for name, _ in walk_files(json_root) if name.endswith(".json")]
+    if not ids:
+        raise DataError(f"--json_root {json_root} holds no .json file")
+    return ids
+
+
+def _claim(out: Path, settings: PrepareSettings) -> None:
+    """Write the settings down, so that no later run mixes files of another kind into the folder."""
+    path = out / _SETTINGS_FILE
+    if path.is_file():
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError:
+            found = None
+        if found != asdict(settings):
+            raise ConfigError(
+                f"{out} was begun with other settings ({path}): choose another --out, or remove the folder"
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, asdict(settings))
+
+
+def _prepare_one(job: _Job) -> _Done | Failed:
+    """In a worker process: one model's files."""
+    started = time.monotonic()
+    try:
+        fault = id_fault(job.id)
+        if fault is not None:
+            raise CadError(fault)
+        source = job.json_root / f"{job.id}.json"
+        normalised = normalise(omnicad.read(source))
+        json_path, *_ = outputs = _outputs(job)
+        complete = all(path.is_file() for path in outputs) and json_path.read_bytes() == source.read_bytes()
+        if not complete:
+            _make(job, source.read_bytes(), normalised)
+        caption = None
+        if job.captioned:
+            caption = template_caption(normalised.program, load_points(_points_path(job)))
+        return _Done(made=not complete, caption=caption)
+    except (CadError, OSError) as error:
+        return Failed(job.id, str(error), time.monotonic() - started)
+
+
+def _points_path(job: _Job) -> Path:
+    return job.out / POINT_FOLDERS[0] / f"{job.id}.npz"
+
+
+def _outputs(job: _Job) -> list[Path]:
+    views = [view_path(job.out / IMAGE_FOLDER, job.id, view) for view in range(job.settings.views)]
+    return [job.out / JSON_FOLDER / f"{job.id}.json", _points_path(job), *views]
+
+
+def _make(job: _Job, source: bytes, normalised: Normalised) -> None:
+    # The geometry kernel is needed only where models are built: training on ready data does without.
+    from cad_mllm.cad import render, solid
+
+    json_path, points_path, *view_paths = _outputs(job)
+    body = solid.build(normalised.program)
+    points_NC = body.sample(job.settings.points, seed=stable_hash("prepare", job.id) % 2**32)
+    images = render.render_views(body.mesh(), size=job.settings.size, views=job.settings.views)
+    for path in (json_path, points_path, *view_paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(points_path) as temporary:
+        # half precision is finer than a tenth of the 10-bit grid, and half the disk
+        np.savez(
+            temporary,
+            points=points_NC.astype(np.float16),
+            scale=np.float64(normalised.scale),
+            center=np.asarray(normalised.center, dtype=np.float64),
+        )
+    for path, image in zip(view_paths, images, strict=True):
+        with atomic_path(path) as temporary:
+            image.save(temporary)
+    if job.json_root.resolve() != (job.out / JSON_FOLDER).resolve():
+        with atomic_path(json_path) as temporary:
+            temporary.write_bytes(source)
+
+
+CaptionFiles = dict[str, list[dict[str, Any]]]
+"""File name below txt/ -> entries."""
+
+
+def _read_caption_files(root: Path) -> CaptionFiles:
+    files: CaptionFiles = {}
+    for name, _ in walk_files(root):
+        if not name.endswith(".json"):
+            continue
+        try:
+            entries = json.loads((root / name).read_bytes())
+        except (OSError, ValueError) as error:
+            raise DataError(f"captions {root / name} cannot be read: {error}") from error
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise DataError(f'captions {root / name} must be a list of {{"id": ..., "{CAPTION_KEY}": ...}}')
+        files[name] = entries
+    if not files:
+        raise DataError(f"--txt_root {root} holds no .json file")
+    return files
+
+
+def _template_files(captions: dict[str, str | None]) -> CaptionFiles:
+    files: CaptionFiles = defaultdict(list)
+    for sample_id, caption in captions.items():
+        group = sample_id.rpartition("/")[0].replace("/", "-") or "captions"
+        files[f"{group}.json"].append({"id": sample_id, CAPTION_KEY: caption, SOURCE_KEY: TEMPLATE})
+    return files
+
+
+def _write_caption_files(folder: Path, files: CaptionFiles, made: Collection[str]) -> None:
+    """Only the captions of models that are there: training counts one without a model as a fault."""
+    for name, entries in files.items():
+        write_json(folder / name, [entry for entry in entries if entry.get("id") in made])
+
+
+def _same_folder(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()

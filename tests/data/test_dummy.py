@@ -1,0 +1,82 @@
+"""Procedural data: in the layout of real data, the same for the same seed, never mixed."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from cad_mllm.data import dummy
+from cad_mllm.data.files import load_image, load_points
+from cad_mllm.data.index import build_index, load_index
+from cad_mllm.data.layout import Source
+from cad_mllm.data.sequence import TextTokenizer
+from cad_mllm.errors import ConfigError
+
+from .conftest import SPEC, contents
+
+write_dummy_data = partial(dummy.write_dummy_data, points=64, views=2, size=32)
+
+
+@pytest.mark.usefixtures("no_worker_processes")
+def test_dummy_data_are_usable_data(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    root = tmp_path / "dummy"
+    write_dummy_data(root, 5, seed=1, workers=1)
+    report = build_index(
+        Source.from_folder(root),
+        "train",
+        tokenizer,
+        SPEC,
+        needs=frozenset({"points", "image"}),
+        target_format="command",
+        bits=8,
+        max_skipped_fraction=0.0,
+        output_dir=tmp_path / "out",
+        workers=0,
+    )
+    assert (report.num_usable, report.num_too_long) == (5, 0)
+    index = load_index(report.path)
+    assert len({index.record(number).target for number in range(5)}) == 5
+    assert load_points(root / "pcd" / f"{index.ids[0]}.npz").shape == (64, 6)
+    assert load_image(root / "img" / f"{index.ids[0]}_001.png").size == (32, 32)
+
+
+@pytest.mark.usefixtures("no_worker_processes")
+def test_the_same_seed_gives_the_same_files_and_is_not_done_twice(tmp_path: Path) -> None:
+    write_dummy_data(tmp_path / "a", 3, seed=1, workers=1)
+    write_dummy_data(tmp_path / "b", 3, seed=1, workers=2)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")}
+    write_dummy_data(tmp_path / "a", 3, seed=1, workers=1)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")} == times
+
+
+@pytest.mark.usefixtures("no_worker_processes")
+def test_an_interrupted_run_is_completed(tmp_path: Path) -> None:
+    root = tmp_path / "dummy"
+    write_dummy_data(root, 3, seed=1, workers=1)
+    whole = contents(root)
+    marker = root / "dummy_data.json"
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "complete": False}))
+    next(root.glob("pcd/*/*.npz")).unlink()
+    next(root.glob("json/*/*.json")).unlink()
+    write_dummy_data(root, 3, seed=1, workers=1)
+    assert contents(root) == whole
+
+
+@pytest.mark.parametrize("change", [{"num_samples": 4}, {"seed": 2}])
+def test_other_data_are_not_mixed_in(change: dict[str, int], tmp_path: Path) -> None:
+    root = tmp_path / "dummy"
+    root.mkdir()
+    marker = {"num_samples": 3, "seed": 1, "points": 64, "views": 2, "size": 32, "complete": True}
+    (root / "dummy_data.json").write_text(json.dumps(marker))
+    write_dummy_data(root, 3, seed=1, workers=1)
+    with pytest.raises(ConfigError, match=str(root)):
+        write_dummy_data(root, **({"num_samples": 3, "seed": 1, "workers": 1} | change))
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="other data"):
+        write_dummy_data(tmp_path, 3, seed=1, workers=1)
+    assert contents(tmp_path) == {"thesis.txt": b"mine"}

@@ -1,0 +1,163 @@
+"""The steps of a stage: the same for any number of ranks and workers, from any start."""
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cad_mllm.data.collate import Batch
+from cad_mllm.data.index import Index, IndexReport, load_index
+from cad_mllm.data.loader import Step, StepLoader, eval_batches
+from cad_mllm.data.sequence import Mix, TextTokenizer
+from cad_mllm.errors import DataError
+
+from .conftest import SPEC, Folder
+
+MIX: Mix = {"text": 0.2, "text+points": 0.3, "text+image": 0.2, "text+points+image": 0.3}
+STEPS = 4
+
+
+@pytest.fixture
+def loader(index: Index, tokenizer: TextTokenizer) -> Callable[..., StepLoader]:
+    def make(**changes: Any) -> StepLoader:
+        settings: dict[str, Any] = {
+            "seed": 3,
+            "stage": 3,
+            "mix": MIX,
+            "batch_size": 2,
+            "accumulation": 2,
+            "rank": 0,
+            "world_size": 1,
+            "num_workers": 0,
+            "start_step": 0,
+            "num_steps": STEPS,
+        }
+        return StepLoader(index, tokenizer, SPEC, **(settings | changes))
+
+    return make
+
+
+def same(one: Batch, other: Batch) -> bool:
+    return all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(vars(one).values(), vars(other).values(), strict=True)
+    )
+
+
+def flat(steps: list[Step]) -> list[Batch]:
+    return [batch for step in steps for batch in step.micro_batches]
+
+
+def test_any_number_of_ranks_computes_the_same_steps(loader: Callable[..., StepLoader]) -> None:
+    alone = list(loader(accumulation=4))
+    pairs = [list(loader(accumulation=2, world_size=2, rank=rank)) for rank in range(2)]
+    fours = [list(loader(accumulation=1, world_size=4, rank=rank)) for rank in range(4)]
+    for step in range(STEPS):
+        one = alone[step].micro_batches
+        two = [pairs[rank][step].micro_batches[a] for a in range(2) for rank in range(2)]
+        four = [fours[rank][step].micro_batches[0] for rank in range(4)]
+        assert all(same(a, b) and same(a, c) for a, b, c in zip(one, two, four, strict=True))
+        counts = {(s[step].supervised_tokens, s[step].tokens, s[step].epoch) for s in (alone, *pairs, *fours)}
+        assert len(counts) == 1
+
+
+def test_the_counts_of_a_step_are_those_of_its_batches(loader: Callable[..., StepLoader]) -> None:
+    for step in loader(accumulation=4):
+        assert step.supervised_tokens == sum(batch.num_supervised for batch in step.micro_batches)
+        assert step.tokens == sum(int(batch.attention_mask_BT.sum()) for batch in step.micro_batches)
+
+
+def test_steps_are_numbered_and_know_their_epoch(loader: Callable[..., StepLoader]) -> None:
+    steps = list(loader(start_step=1))
+    assert [step.index for step in steps] == [1, 2, 3]
+    assert [step.epoch for step in steps] == pytest.approx([8 / 11, 12 / 11, 16 / 11])
+    assert len(loader(start_step=1)) == 3
+
+
+def test_a_later_start_gives_the_same_remainder(loader: Callable[..., StepLoader]) -> None:
+    for full, resumed in zip(flat(list(loader()))[4:], flat(list(loader(start_step=2))), strict=True):
+        assert same(full, resumed)
+
+
+def test_workers_change_nothing(loader: Callable[..., StepLoader]) -> None:
+    for here, there in zip(flat(list(loader())), flat(list(loader(num_workers=2))), strict=True):
+        assert same(here, there)
+
+
+def test_a_loader_can_be_sent_to_a_spawned_process(loader: Callable[..., StepLoader]) -> None:
+    copy = pickle.loads(pickle.dumps(loader()))
+    assert all(same(a, b) for a, b in zip(flat(list(loader())), flat(list(copy)), strict=True))
+
+
+def test_stages_epochs_and_seeds_draw_anew(loader: Callable[..., StepLoader]) -> None:
+    def ids(**changes: Any) -> list[tuple[str, ...]]:
+        return [batch.sample_ids for batch in flat(list(loader(**changes)))]
+
+    assert ids() != ids(stage=2)
+    assert ids() != ids(seed=4)
+
+
+def test_batches_hold_what_their_combinations_say(loader: Callable[..., StepLoader]) -> None:
+    batches = flat(list(loader()))
+    assert {combo for batch in batches for combo in batch.combos} == set(MIX)
+    for batch in batches:
+        assert len(batch.images_NCHW) == sum("image" in combo for combo in batch.combos)
+        assert len(batch.points_MPC) == sum("points" in combo for combo in batch.combos)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_file_that_breaks_during_training_is_named(
+    num_workers: int,
+    make_folder: Callable[..., Folder],
+    build: Callable[..., IndexReport],
+    tokenizer: TextTokenizer,
+) -> None:
+    folder = make_folder(4)
+    index = load_index(build(folder).path)
+    folder.file("pcd", 1).write_bytes(b"torn")
+    batches = eval_batches(
+        index,
+        tokenizer,
+        SPEC,
+        combo="text+points",
+        seed=1,
+        batch_size=2,
+        rank=0,
+        world_size=1,
+        num_workers=num_workers,
+    )
+    with pytest.raises(DataError) as error:
+        list(batches)
+    assert str(folder.file("pcd", 1)) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("world_size, batch_size", [(1, 2), (2, 2), (4, 3), (3, 20)])
+def test_validation_gives_every_rank_the_same_number_of_batches(
+    world_size: int, batch_size: int, index: Index, tokenizer: TextTokenizer
+) -> None:
+    def batches(rank: int) -> list[Batch]:
+        return list(
+            eval_batches(
+                index,
+                tokenizer,
+                SPEC,
+                combo="text+image",
+                seed=1,
+                batch_size=batch_size,
+                rank=rank,
+                world_size=world_size,
+                num_workers=0,
+            )
+        )
+
+    ranks = [batches(rank) for rank in range(world_size)]
+    assert len({len(rank) for rank in ranks}) == 1
+    every = [batch for rank in ranks for batch in rank]
+    learned = [batch for batch in every if batch.num_supervised > 0]
+    assert sorted(i for batch in learned for i in batch.sample_ids) == sorted(index.ids)
+    assert all((batch.labels_BT == -100).all() for batch in every if batch not in learned)
+    assert {combo for batch in every for combo in batch.combos} == {"text+image"}
+    assert all(same(a, b) for a, b in zip(ranks[0], batches(0), strict=True))
