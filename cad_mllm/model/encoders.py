@@ -1,0 +1,125 @@
+"""The frozen encoders of a run: which ones, where their weights come from, and what is said about it.
+
+Shapes: N images, M clouds, P points of C = 6, K tokens of D channels.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cad_mllm.config import ModelConfig
+from cad_mllm.errors import ConfigError
+from cad_mllm.model import image_encoder, point_encoder
+from cad_mllm.model.image_encoder import ImageEncoder
+from cad_mllm.model.point_encoder import PointEncoder, PointEncoderConfig
+
+TINY, RANDOM = "tiny", "random"
+SYNTHETIC = (TINY, RANDOM)
+"""Encoders that are built from random numbers, the same in every process."""
+
+
+class FrozenEncoders:
+    """Both encoders, without gradients.
+
+    Deliberately not an `nn.Module`: they stay outside of the module that a training engine shards, are
+    whole on every rank, and so need no collective whatever a rank's batch holds.
+    """
+
+    def __init__(self, image: ImageEncoder, point: PointEncoder, dtype: torch.dtype) -> None:
+        self.image = image.to(dtype).eval().requires_grad_(False)
+        self.point = point.to(dtype).eval().requires_grad_(False)
+
+    def to(self, device: torch.device) -> "FrozenEncoders":
+        """Move both encoders; returns itself."""
+        self.image.to(device)
+        self.point.to(device)
+        return self
+
+    @property
+    def image_width(self) -> int:
+        """D of an image token."""
+        return self.image.width
+
+    @property
+    def point_width(self) -> int:
+        """D of a point token."""
+        return self.point.config.width
+
+    @torch.no_grad()
+    def encode_images(self, images_NCHW: Tensor) -> Tensor:
+        """(N, 3, S, S) normalised images to (N, K, D). N may be 0."""
+        if images_NCHW.shape[0] == 0:
+            return images_NCHW.new_zeros(
+                (0, self.image.num_tokens, self.image_width), dtype=self.image.dinov2.dtype
+            )
+        out: Tensor = self.image(images_NCHW)
+        return out
+
+    @torch.no_grad()
+    def encode_points(self, points_MPC: Tensor) -> Tensor:
+        """(M, P, 6) clouds to (M, K, D). M may be 0."""
+        if points_MPC.shape[0] == 0:
+            shape = (0, self.point.config.num_latents, self.point_width)
+            return points_MPC.new_zeros(shape, dtype=self.point.query.dtype)
+        out: Tensor = self.point(points_MPC)
+        return out
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderNames:
+    """Where the weights come from: a path, a hub name, `tiny` or `random`."""
+
+    image: str
+    point: str
+
+
+def resolve_names(config: ModelConfig, *, allow_random_encoders: bool) -> EncoderNames:
+    """Say which encoders the config means, also where it names none.
+
+    ConfigError: no point encoder is named, and neither the tiny LM nor `allow_random_encoders` supplies one.
+    """
+    if config.llm_model_name == TINY:
+        image = point = TINY
+    elif allow_random_encoders:
+        image = point = RANDOM
+    else:
+        image, point = image_encoder.DEFAULT_NAME, ""
+    names = EncoderNames(image=config.vision_model_name or image, point=config.point_encoder or point)
+    if not names.point:
+        raise ConfigError(
+            f"no point encoder is named (--point_encoder): {point_encoder.HOW_TO_GET_WEIGHTS}; "
+            "`--point_encoder random` trains on random features, for trying things out"
+        )
+    return names
+
+
+def build_encoders(names: EncoderNames, dtype: torch.dtype) -> FrozenEncoders:
+    """Build both encoders on the CPU. ConfigError or CheckpointError: weights that cannot be had."""
+    if names.image in SYNTHETIC:
+        shape = image_encoder.tiny_config() if names.image == TINY else image_encoder.large_config()
+        image = image_encoder.random_image_encoder(shape)
+    else:
+        image = image_encoder.load_image_encoder(names.image)
+    if names.point in SYNTHETIC:
+        sizes = point_encoder.TINY if names.point == TINY else PointEncoderConfig()
+        point = point_encoder.random_point_encoder(sizes)
+    else:
+        point = point_encoder.load_point_encoder(Path(names.point))
+    return FrozenEncoders(image, point, dtype)
+
+
+def describe(config: ModelConfig, names: EncoderNames) -> tuple[str, ...]:
+    """One line on each encoder, for the person who starts the run: which one it is, or that it is random."""
+    return (
+        _describe("image encoder", names.image, named=config.vision_model_name is not None),
+        _describe("point encoder", names.point, named=config.point_encoder is not None),
+    )
+
+
+def _describe(what: str, name: str, *, named: bool) -> str:
+    if name not in SYNTHETIC:
+        return f"{what}: {name}"
+    because = f"`{name}` was asked for" if named else "none was named"
+    return f"{what}: RANDOM weights, {'small' if name == TINY else 'full-size'} ({because})"

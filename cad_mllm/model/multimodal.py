@@ -1,0 +1,144 @@
+"""The multimodal language model: projected features take the place of placeholder tokens.
+
+Shapes: B samples of T tokens, D hidden channels of the LM, V vocabulary, S positions whose logits are
+needed; N images and M clouds of K tokens each, with the D of their encoder.
+"""
+
+from collections.abc import Set
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cad_mllm.model.projectors import Projector
+
+IGNORED_LABEL = -100
+
+ProjectorName = Literal["image_projector", "point_projector"]
+GroupName = Literal["lm", "point_projector", "image_projector"]
+GROUP_NAMES: tuple[GroupName, ...] = ("lm", "point_projector", "image_projector")
+
+
+class MultimodalLM(nn.Module):
+    """A causal LM and the two projectors: everything that an engine trains or shards, and nothing else.
+
+    `lm` is a Hugging Face causal LM, possibly wrapped by `peft`.
+    """
+
+    # Declared for the type checker, to which a submodule could be anything.
+    lm: Any
+    point_projector: Projector
+    image_projector: Projector
+
+    def __init__(self, lm: nn.Module, point_projector: Projector, image_projector: Projector) -> None:
+        super().__init__()
+        self.lm = lm
+        self.point_projector = point_projector
+        self.image_projector = image_projector
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        attention_mask_BT: Tensor,
+        labels_BT: Tensor,
+        image_features_NKD: Tensor,
+        image_rows: Tensor,
+        point_features_MKD: Tensor,
+        point_rows: Tensor,
+        trainable: Set[ProjectorName],
+        logit_positions_S: Tensor | None = None,
+    ) -> Tensor:
+        """Sum the cross-entropy over the supervised tokens: an fp32 scalar.
+
+        Args:
+            tokens_BT: int64; any valid id at modality placeholders and at padding.
+            attention_mask_BT: 1 at tokens and placeholders, 0 at padding.
+            labels_BT: int64, unshifted; IGNORED_LABEL where a token is not supervised.
+            image_features_NKD: of the frozen encoder; N may be 0.
+            image_rows: int64 (N * K,): where the image tokens stand, as flat indices into B * T.
+            point_features_MKD: of the frozen encoder; M may be 0.
+            point_rows: int64 (M * K,), likewise.
+            trainable: the projectors that train in this stage; the others run without gradient.
+            logit_positions_S: what `logit_positions(labels_BT)` gives. Computed here if left out, which
+                makes the host wait for the device.
+        """
+        embeds_BTD = self.embed(
+            tokens_BT, image_features_NKD, image_rows, point_features_MKD, point_rows, trainable
+        )
+        if logit_positions_S is None:
+            logit_positions_S = logit_positions(labels_BT)
+        logits_BSV = self.lm(
+            inputs_embeds=embeds_BTD,
+            attention_mask=attention_mask_BT,
+            use_cache=False,
+            logits_to_keep=logit_positions_S,
+        ).logits
+        targets_BS = labels_BT[:, logit_positions_S + 1]
+        return functional.cross_entropy(
+            logits_BSV.flatten(0, 1).float(),
+            targets_BS.flatten(),
+            ignore_index=IGNORED_LABEL,
+            reduction="sum",
+        )
+
+    def embed(
+        self,
+        tokens_BT: Tensor,
+        image_features_NKD: Tensor,
+        image_rows: Tensor,
+        point_features_MKD: Tensor,
+        point_rows: Tensor,
+        trainable: Set[ProjectorName] = frozenset(),
+    ) -> Tensor:
+        """Give the input embeddings (B, T, D).
+
+        The modules run in one fixed order whatever the batch holds, forward and backward, so that ranks
+        with different modalities stay in step under ZeRO-3: a modality without samples sends a dummy
+        through its projector, and zero times the result is added to the first embedding.
+        """
+        embeds_BTD: Tensor = self.lm.get_input_embeddings()(tokens_BT)
+        if torch.is_grad_enabled() and not embeds_BTD.requires_grad:
+            # Frozen embeddings (LoRA). Without a gradient here the backward pass of the first decoder layer
+            # would skip modules on the ranks whose batch has text alone, and their all-gathers would no
+            # longer match those of the others: a hang. ZeRO-3 also releases a layer whose input needs no
+            # gradient before the gradients of its weights are there.
+            embeds_BTD.requires_grad_()
+        embeds_RD = embeds_BTD.flatten(0, 1)
+        inputs: tuple[tuple[ProjectorName, Tensor, Tensor], ...] = (
+            ("point_projector", point_features_MKD, point_rows),
+            ("image_projector", image_features_NKD, image_rows),
+        )
+        for name, features, rows in inputs:
+            projector = self.get_submodule(name)
+            present = features.shape[0] > 0
+            if not present:
+                features = features.new_zeros((1, 1, features.shape[-1]))
+            with torch.set_grad_enabled(torch.is_grad_enabled() and name in trainable):
+                projected_RD = projector(features).flatten(0, 1).to(embeds_RD.dtype)
+            if present:
+                embeds_RD = embeds_RD.index_copy(0, rows, projected_RD)
+            else:
+                embeds_RD = embeds_RD.index_add(0, rows.new_zeros(1), 0.0 * projected_RD)
+        return embeds_RD.view_as(embeds_BTD)
+
+
+def logit_positions(labels_BT: Tensor) -> Tensor:
+    """Say which positions t predict a supervised token in any row: int64 (S,), rising, S >= 1, t < T - 1.
+
+    Call it on the CPU, before the batch goes to the device.
+    """
+    predicts_T = (labels_BT[:, 1:] != IGNORED_LABEL).any(dim=0)
+    positions_S = predicts_T.nonzero().squeeze(1)
+    # One position always: its targets are ignored, and the LM head still runs on every rank.
+    return positions_S if len(positions_S) else positions_S.new_zeros(1)
+
+
+def parameter_groups(model: MultimodalLM) -> dict[GroupName, list[tuple[str, nn.Parameter]]]:
+    """Sort the trainable parameters by the module that owns them, with full names, in module order."""
+    groups: dict[GroupName, list[tuple[str, nn.Parameter]]] = {name: [] for name in GROUP_NAMES}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            owner = name.partition(".")[0]
+            groups[next(group for group in GROUP_NAMES if group == owner)].append((name, parameter))
+    return groups
