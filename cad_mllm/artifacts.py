@@ -1,0 +1,46 @@
+"""From a program to the files that a person opens: STEP and a picture. Free of torch: workers start fast."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cad_mllm.cad import render, solid
+from cad_mllm.cad.program import CadProgram
+from cad_mllm.cad.worker import run_limited
+from cad_mllm.data.atomic import atomic_path
+from cad_mllm.errors import CadError
+
+_PICTURE_SIZE = 448
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One program and where its files go: `stem` plus .step and .png."""
+
+    stem: Path
+    program: CadProgram
+
+
+def write_artifacts(artifacts: Sequence[Artifact], *, workers: int, seconds: float) -> list[str | None]:
+    """Write STEP and PNG of each program in worker processes; for each None, or why there are none.
+
+    A program that takes longer than `seconds` fails alone; no half-written file is left.
+    """
+    if not artifacts:
+        return []
+    outcomes: list[str | None] = [None] * len(artifacts)
+    for index, outcome in run_limited(
+        write_artifact, artifacts, workers=min(workers, len(artifacts)), seconds=seconds
+    ):
+        outcomes[index] = str(outcome) if isinstance(outcome, CadError) else None
+    return outcomes
+
+
+def write_artifact(artifact: Artifact) -> None:
+    """Build the solid, write `<stem>.step` and `<stem>.png`. CadError: nothing solid comes out."""
+    built = solid.build(artifact.program)
+    picture = render.render_views(built.mesh(), size=_PICTURE_SIZE, views=1)[0]
+    with atomic_path(Path(f"{artifact.stem}.step")) as path:
+        built.write_step(path)
+    with atomic_path(Path(f"{artifact.stem}.png")) as path:
+        picture.save(path)
