@@ -26,7 +26,7 @@ class ModelConfig:
     lora_alpha: int = 64
     """LoRA alpha."""
     vision_model_name: str | None = None
-    """DINOv2: local folder, hub name, `tiny`, or `random`. Unset: facebook/dinov2-large (`tiny` with the tiny LM)."""
+    """DINOv2: folder, hub name, `tiny`, `random`. Unset: facebook/dinov2-large (`tiny` with the tiny LM)."""
     point_encoder: str | None = None
     """Michelangelo checkpoint (.safetensors, .ckpt), `tiny`, or `random`. Unset: `tiny` with the tiny LM."""
     attn_implementation: AttnImplementation = "sdpa"
@@ -58,7 +58,7 @@ class DataConfig:
     num_dummy_samples: int = 100
     """How many."""
     max_seq_length: int = 2048
-    """Longest sequence (all modalities, prompt and target). A sample whose target does not fit is dropped and counted."""
+    """Longest sequence: modalities, prompt, target. What does not fit is dropped and counted, never cut."""
     target_format: TargetFormat = "command"
     """Target text: compact commands, or the minified Omni-CAD JSON of the original reproduction."""
     quantization_bits: Literal[8, 10] = 8
@@ -84,7 +84,7 @@ class OptimConfig:
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
-    """Clip the gradient norm of the groups that train to this."""
+    """Clip the gradient norm of the groups that train to this (0: no clipping)."""
     projector_lr_multiplier: float = 5.0
     """Learning rate of the projectors relative to the stage's."""
 

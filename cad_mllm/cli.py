@@ -1,0 +1,236 @@
+"""The `cad-mllm` command: one function per subcommand, one exit code per kind of mistake.
+
+Nothing heavy is imported before it is needed, so that `--help` and a mistyped flag answer at once.
+"""
+
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from cad_mllm.errors import CadMllmError, ConfigError, ExitCode
+from cad_mllm.settings import TRAIN_EXAMPLES, leaves, parse_flags, parse_train_args, show, to_flat
+
+_MAX_VIEWS = 8
+_INTERRUPTED = 130
+_BUG = 1
+
+
+def train(argv: Sequence[str], prog: str = "cad-mllm train") -> ExitCode:
+    """Train the three-stage curriculum."""
+    config = parse_train_args(argv, prog)
+    from cad_mllm.train.trainer import train as train_curriculum
+
+    return train_curriculum(config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareArguments:
+    """Make points (pcd/) and rendered views (img/) from Omni-CAD JSON. Resumes where it stopped."""
+
+    json_root: Path
+    """Folder of CAD JSON files (json/0000/*.json)."""
+    out: Path
+    """Data folder to write, in the Omni-CAD layout (json/ txt/ pcd/ img/)."""
+    txt_root: Path | None = None
+    """Folder of caption files (txt/0000.json ...). Unset: template captions, labelled as such."""
+    workers: int = 0
+    """Worker processes (0: one per core)."""
+    seconds: float = 60.0
+    """Time limit of each model; a model that takes longer is skipped and listed."""
+    views: int = 8
+    """Rendered views of each model (1 to 8)."""
+    points: int = 8192
+    """Points sampled on the surface of each model."""
+
+
+def prepare(argv: Sequence[str]) -> ExitCode:
+    """Make points and views from Omni-CAD JSON."""
+    example = (
+        "example:\n  cad-mllm prepare --json_root download/json --txt_root download/txt --out data/omnicad\n"
+    )
+    arguments = parse_flags(PrepareArguments, argv, prog="cad-mllm prepare", examples=example)
+    _require("--workers", arguments.workers, 0)
+    _require("--seconds", arguments.seconds, 0.1)
+    _require("--views", arguments.views, 1, _MAX_VIEWS)
+    _require("--points", arguments.points, 1)
+    from cad_mllm.data.prepare import prepare as prepare_data
+
+    prepare_data(
+        arguments.json_root,
+        arguments.out,
+        txt_root=arguments.txt_root,
+        workers=arguments.workers or os.cpu_count() or 1,
+        seconds=arguments.seconds,
+        views=arguments.views,
+        points=arguments.points,
+    )
+    return ExitCode.DONE
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeDummyArguments:
+    """Write procedural CAD models with captions, points and views in the Omni-CAD layout."""
+
+    out: Path
+    """Data folder to write."""
+    num_samples: int = 100
+    """How many models."""
+    seed: int = 42
+    """The same seed writes the same models."""
+    workers: int = 0
+    """Worker processes (0: one per core)."""
+
+
+def make_dummy(argv: Sequence[str]) -> ExitCode:
+    """Write procedural models in the Omni-CAD layout."""
+    example = "example:\n  cad-mllm make-dummy --out data/dummy --num_samples 200 --seed 7\n"
+    arguments = parse_flags(MakeDummyArguments, argv, prog="cad-mllm make-dummy", examples=example)
+    _require("--num_samples", arguments.num_samples, 1)
+    _require("--seed", arguments.seed, 0)
+    _require("--workers", arguments.workers, 0)
+    from cad_mllm.data.dummy import write_dummy_data
+
+    write_dummy_data(
+        arguments.out,
+        num_samples=arguments.num_samples,
+        seed=arguments.seed,
+        workers=arguments.workers or os.cpu_count() or 1,
+    )
+    return ExitCode.DONE
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateArguments:
+    """Generate a CAD program from text, points or an image; writes its text, JSON, STEP and a picture."""
+
+    checkpoint: Path
+    """A checkpoint folder that training wrote."""
+    out: Path
+    """Folder for the program text, JSON, STEP and PNG."""
+    text: str = ""
+    """What to model."""
+    points: Path | None = None
+    """Point cloud: .npz with `points`, (N, 6) coordinates and normals."""
+    image: Path | None = None
+    """Picture of the model."""
+    max_new_tokens: int = 1024
+    """Longest program, in tokens."""
+
+
+def generate(argv: Sequence[str]) -> ExitCode:
+    """Generate a CAD program from text, points or an image."""
+    example = (
+        "examples:\n"
+        '  cad-mllm generate --checkpoint outputs/tiny --out out --text "a plate with two holes"\n'
+        "  cad-mllm generate --checkpoint outputs/tiny --out out --points scan.npz --image photo.png\n"
+    )
+    arguments = parse_flags(GenerateArguments, argv, prog="cad-mllm generate", examples=example)
+    _require("--max_new_tokens", arguments.max_new_tokens, 1)
+    if not arguments.text and arguments.points is None and arguments.image is None:
+        raise ConfigError("nothing to generate from: give --text, --points or --image")
+    from cad_mllm.generate import generate_files
+
+    generate_files(
+        arguments.checkpoint,
+        arguments.out,
+        text=arguments.text,
+        points=arguments.points,
+        image=arguments.image,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    return ExitCode.DONE
+
+
+def show_config(argv: Sequence[str]) -> ExitCode:
+    """Print the training configuration that the flags and --config give, as YAML."""
+    import yaml
+
+    config = parse_train_args(argv, prog="cad-mllm show-config")
+    values = to_flat(config)
+    section = None
+    lines: list[str] = []
+    for owner, leaf in leaves():
+        if owner != section:
+            section = owner
+            lines.append(f"# {section}")
+        lines.append(yaml.safe_dump({leaf.name: values[leaf.name]}).rstrip())
+    show("\n".join(lines))
+    return ExitCode.DONE
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], ExitCode]] = {
+    "train": train,
+    "prepare": prepare,
+    "make-dummy": make_dummy,
+    "generate": generate,
+    "show-config": show_config,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Entry of the console script: never returns."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    run_and_exit(lambda: _dispatch(arguments))
+
+
+def train_main() -> NoReturn:
+    """Entry of `cad_mllm/train_curriculum.py`: never returns."""
+    run_and_exit(lambda: train(sys.argv[1:], prog="train_curriculum.py"))
+
+
+def run_and_exit(body: Callable[[], ExitCode]) -> NoReturn:
+    """Run, say what went wrong in one line, and exit with the documented code.
+
+    The last line of each rank states its code where a launcher set RANK: torchrun and deepspeed
+    turn every failure into 1. A bug keeps its traceback and exits with 1.
+    """
+    prefix = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    try:
+        code: int = body()
+    except CadMllmError as error:
+        print(f"{prefix}error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print(f"{prefix}interrupted", file=sys.stderr)
+        code = _INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        code = _BUG
+    if "RANK" in os.environ:
+        print(f"{prefix}exit code {int(code)}", file=sys.stderr, flush=True)
+    sys.exit(int(code))
+
+
+def _dispatch(argv: Sequence[str]) -> ExitCode:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        show(_overview())
+        return ExitCode.DONE if argv else ExitCode.CONFIG
+    command = COMMANDS.get(argv[0])
+    if command is None:
+        raise ConfigError(
+            f"unknown command {argv[0]!r}: one of {', '.join(COMMANDS)} (see `cad-mllm --help`)"
+        )
+    return command(argv[1:])
+
+
+def _overview() -> str:
+    lines = [
+        "usage: cad-mllm COMMAND [--flags]",
+        "",
+        "Text, image and point cloud in, parametric CAD out.",
+        "",
+    ]
+    lines += [f"  {name:<12} {command.__doc__}" for name, command in COMMANDS.items()]
+    lines += ["", "`cad-mllm COMMAND --help` explains the flags of a command.", "", TRAIN_EXAMPLES]
+    return "\n".join(lines)
+
+
+def _require(flag: str, value: float, low: float, high: float = math.inf) -> None:
+    if not low <= value <= high:
+        wanted = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise ConfigError(f"{flag} must be {wanted}, got {value}")
