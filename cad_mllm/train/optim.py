@@ -7,11 +7,12 @@ read whatever the engine and the number of ranks.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-NamedGroups = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
+NamedGroups = Mapping[Any, Sequence[tuple[str, nn.Parameter]]]
 """Group name -> (parameter name, parameter), the trainable ones, in a fixed order."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

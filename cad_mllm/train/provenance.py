@@ -22,7 +22,9 @@ def provenance(world: World, deepspeed_config: Mapping[str, object] | None) -> d
         "python": platform.python_version(),
         "packages": {name: v for name in _PACKAGES if (v := _version(name)) is not None},
         "world_size": world.size,
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name(world.device)
+        if world.device.type == "cuda"
+        else platform.machine(),
         "cuda": torch.version.cuda,
         "deepspeed_config": deepspeed_config,
     }
@@ -39,7 +41,10 @@ def _git_revision() -> str | None:
     """The commit of the source tree this runs from; None for an installed package or without git."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -1,10 +1,10 @@
-"""Set-up of a training run: everything that the fit loop needs, built in the order in which mistakes are cheap."""
+"""Set-up of a training run: all that the fit loop needs, built in the order in which mistakes are cheap."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cad_mllm.config import ModelConfig, TrainConfig
+from cad_mllm.config import TrainConfig
 from cad_mllm.data.collate import SequenceSpec
 from cad_mllm.data.dummy import write_dummy_data
 from cad_mllm.data.index import Index, IndexReport, build_index, load_index
@@ -216,7 +216,8 @@ def _check_identity(folder: Path, saved: Mapping[str, object], now: Mapping[str,
     for name, value in now.items():
         if saved.get(name) != value:
             raise CheckpointError(
-                f"{folder} was trained with {name} = {saved.get(name)}, this run has {value}. Use the same value, "
+                f"{folder} was trained with {name} = {saved.get(name)}, this run has {value}. "
+                f"Use the same value, "
                 f"or start afresh in another --output_dir without --resume_from_ckpt."
             )
 

@@ -66,7 +66,8 @@ def plan(config: CurriculumConfig) -> tuple[Stage, ...]:
     chosen = tuple(s for s in stages if s.number >= first and s.epochs > 0)
     if not chosen:
         raise ConfigError(
-            "nothing to train: every stage from --start_from_stage on has 0 epochs. Raise one of --stage{1,2,3}_epochs."
+            "nothing to train: every stage from --start_from_stage on has 0 epochs. "
+            "Raise one of --stage{1,2,3}_epochs."
         )
     return chosen
 
@@ -82,8 +83,14 @@ def learning_rates(stage: Stage, optim: OptimConfig, step: int, total_steps: int
         factor = (step + 1) / warmup
     else:
         progress = (step - warmup) / max(1, total_steps - warmup)
-        factor = 1 - progress if optim.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    multiplier = {LM: 1.0, POINT_PROJECTOR: optim.projector_lr_multiplier, IMAGE_PROJECTOR: optim.projector_lr_multiplier}
+        factor = (
+            1 - progress if optim.lr_scheduler_type == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+        )
+    multiplier = {
+        LM: 1.0,
+        POINT_PROJECTOR: optim.projector_lr_multiplier,
+        IMAGE_PROJECTOR: optim.projector_lr_multiplier,
+    }
     return {group: stage.lr * factor * m if group in stage.trains else 0.0 for group, m in multiplier.items()}
 
 

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from cad_mllm.config import RunConfig
 from cad_mllm.errors import ConfigError
@@ -135,7 +143,8 @@ class RunTracker:
         memory = "" if metrics.gpu_memory_gb is None else f"  {metrics.gpu_memory_gb:5.1f} GB"
         self._console.print(
             f"step {metrics.step:6d}  stage {metrics.stage}  loss {metrics.loss:7.4f}  "
-            f"lr {max(metrics.lr.values()):.2e}  {rate:9,.0f} tokens/s{memory}  stage ends in {_duration(left)}",
+            f"lr {max(metrics.lr.values()):.2e}  {rate:9,.0f} tokens/s{memory}  "
+            f"stage ends in {_duration(left)}",
             highlight=False,
         )
         self._window_tokens, self._window_seconds = 0, 0.0
@@ -195,7 +204,8 @@ def _start_wandb(config: RunConfig, run_config: Mapping[str, object]) -> Any:
         )
     except (wandb.errors.Error, OSError) as e:
         raise ConfigError(
-            f"--use_wandb: W&B did not start ({e}). Log in with `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline."
+            f"--use_wandb: W&B did not start ({e}). Log in with `wandb login`, set WANDB_API_KEY, "
+            f"or set WANDB_MODE=offline."
         ) from e
 
 

@@ -32,7 +32,7 @@ from cad_mllm.train.tracking import StepMetrics
 
 _PROJECTORS = frozenset({POINT_PROJECTOR, IMAGE_PROJECTOR})
 _PROFILED_STEP = 1
-"""Step of each stage whose communication is measured (the first one is warm-up)."""
+"""Step of the first stage whose communication is measured (step 0 is warm-up)."""
 
 
 def train(config: TrainConfig) -> ExitCode:
@@ -43,10 +43,11 @@ def train(config: TrainConfig) -> ExitCode:
     Raises:
         ConfigError, DataError, CheckpointError: whatever the user can mend.
     """
-    with world(config.run) as ranks, StopSignal() as stop:
+    with world(config.run) as ranks:
         run = prepare_run(config, ranks)
         try:
-            return fit(run, stop)
+            with StopSignal() as stop:
+                return fit(run, stop)
         finally:
             run.tracker.close()
 
@@ -64,16 +65,21 @@ def fit(run: Run, stop: StopSignal) -> ExitCode:
             metrics, stopping = _train_step(run, stage, step, total, global_step, stop)
             global_step, done = global_step + 1, step.index + 1
             run.tracker.log_step(metrics)
-            at = Position(stage=stage.number, step=done, global_step=global_step, stage_complete=done == total)
+            at = Position(
+                stage=stage.number, step=done, global_step=global_step, stage_complete=done == total
+            )
             if stopping or at.stage_complete or global_step % run.config.run.save_steps == 0:
                 _save(run, at)
                 saved_step = global_step
             if stopping and not (at.stage_complete and stage is run.stages[-1]):
-                run.tracker.say(f"stopped by a signal after step {global_step}; go on with --resume_from_ckpt auto")
+                run.tracker.say(
+                    f"stopped by a signal after step {global_step}; go on with --resume_from_ckpt auto"
+                )
                 return ExitCode.STOPPED
         _validate(run, stage, global_step)
     run.tracker.say(
-        f"done: {global_step} steps, newest checkpoint {checkpoint.step_folder(run.config.run.output_dir, saved_step)}"
+        f"done: {global_step} steps, newest checkpoint "
+        f"{checkpoint.step_folder(run.config.run.output_dir, saved_step)}"
     )
     return ExitCode.DONE
 
@@ -120,13 +126,15 @@ def _train_step(
     started = time.perf_counter()
     run.engine.module.train()
     # Dropout (some LMs have it) follows from the position, so that a resumed run draws the same.
-    torch.manual_seed(stable_hash("step", run.config.run.seed, stage.number, step.index, run.world.rank) % 2**63)
+    torch.manual_seed(
+        stable_hash("step", run.config.run.seed, stage.number, step.index, run.world.rank) % 2**63
+    )
     rates = learning_rates(stage, run.config.optim, step.index, total)
-    profiled = step.index == _PROFILED_STEP
-    if profiled:
-        run.engine.profile_communication(True)
+    profiled = stage is run.stages[0] and step.index == _PROFILED_STEP
     loss = torch.zeros((), device=run.world.device)
     for batch in step.micro_batches:
+        if profiled and batch is step.micro_batches[-1]:  # measuring is slow: one micro-batch is enough
+            run.engine.profile_communication(True)
         part = _forward(run, batch, stage.trains & _PROJECTORS) / step.supervised_tokens
         run.engine.backward(part)
         loss += part.detach()
@@ -137,10 +145,13 @@ def _train_step(
     mean, stopping = run.world.sum(float(loss), float(stop.requested))
     if not (math.isfinite(mean) and math.isfinite(norm)):
         raise ConfigError(
-            f"step {global_step + 1} (stage {stage.number}): loss {mean}, gradient norm {norm}. Go back to a checkpoint "
-            f"with --resume_from_ckpt and a lower --stage{stage.number}_lr or more --warmup_steps."
+            f"step {global_step + 1} (stage {stage.number}): loss {mean}, gradient norm {norm}. "
+            f"Go back to a checkpoint with --resume_from_ckpt and a lower --stage{stage.number}_lr "
+            f"or more --warmup_steps."
         )
-    memory = torch.cuda.max_memory_allocated(run.world.device) / 1e9 if run.world.device.type == "cuda" else None
+    memory = (
+        torch.cuda.max_memory_allocated(run.world.device) / 1e9 if run.world.device.type == "cuda" else None
+    )
     metrics = StepMetrics(
         step=global_step + 1,
         stage=stage.number,

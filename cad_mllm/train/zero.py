@@ -72,7 +72,9 @@ def read_deepspeed_json(path: Path) -> JsonDict:
     except (OSError, ValueError) as e:
         raise ConfigError(f"--deepspeed_config {path}: not readable as JSON ({e}).") from e
     if not isinstance(loaded, dict):
-        raise ConfigError(f"--deepspeed_config {path}: a JSON object is needed, found {type(loaded).__name__}.")
+        raise ConfigError(
+            f"--deepspeed_config {path}: a JSON object is needed, found {type(loaded).__name__}."
+        )
     return loaded
 
 
@@ -100,7 +102,9 @@ def resolve(raw: JsonDict, config: TrainConfig, *, world_size: int, shape: Model
     zero = _section(ds, "zero_optimization")
     stage = zero.get("stage")
     if stage not in (1, 2, 3):
-        raise ConfigError(f"zero_optimization.stage is {stage!r} in the DeepSpeed JSON; it must be 1, 2 or 3.")
+        raise ConfigError(
+            f"zero_optimization.stage is {stage!r} in the DeepSpeed JSON; it must be 1, 2 or 3."
+        )
     for key, value in _zero_autos(shape).items():
         if zero.get(key) == "auto":
             zero[key] = value
@@ -111,7 +115,7 @@ def resolve(raw: JsonDict, config: TrainConfig, *, world_size: int, shape: Model
     leftover = next(_autos(ds), None)
     if leftover is not None:
         raise ConfigError(
-            f'{leftover} is "auto" in the DeepSpeed JSON, and no flag decides it. Write a value, or remove it.'
+            f'{leftover} is "auto" in the DeepSpeed JSON, and no flag decides it. Write a value or remove it.'
         )
     assert isinstance(stage, int)
     return ZeroConfig(config=ds, stage=stage, offload_optimizer=offload, optimizer=settings)
@@ -140,16 +144,15 @@ def _section(ds: JsonDict, key: str) -> JsonDict:
     return section
 
 
-def _settle(
-    section: JsonDict, key: str, wanted: bool | int | float, flag: str, *, parent: str = ""
-) -> None:
+def _settle(section: JsonDict, key: str, wanted: bool | int | float, flag: str, *, parent: str = "") -> None:
     """Fill in `auto` or a missing key; refuse a value that says something else than the flag."""
     found = section.get(key, "auto")
     if found == "auto":
         section[key] = wanted
     elif found != wanted:
         raise ConfigError(
-            f"{parent}{key} is {json.dumps(found)} in the DeepSpeed JSON, but {flag} gives {json.dumps(wanted)}. "
+            f"{parent}{key} is {json.dumps(found)} in the DeepSpeed JSON, "
+            f"but {flag} gives {json.dumps(wanted)}. "
             f'Change one of them, or write "auto" in the JSON.'
         )
 
@@ -187,11 +190,18 @@ def _optimizer_settings(ds: JsonDict, config: TrainConfig) -> OptimizerSettings:
     betas, eps = params.get("betas", "auto"), params.get("eps", "auto")
     if betas != "auto":
         if not (isinstance(betas, list) and len(betas) == 2 and all(_is_fraction(b) for b in betas)):
-            raise ConfigError(f"optimizer.params.betas is {betas!r} in the DeepSpeed JSON; two numbers in [0, 1) are needed.")
-        settings = OptimizerSettings(betas=(betas[0], betas[1]), eps=settings.eps, weight_decay=settings.weight_decay)
+            raise ConfigError(
+                f"optimizer.params.betas is {betas!r} in the DeepSpeed JSON; "
+                f"two numbers in [0, 1) are needed."
+            )
+        settings = OptimizerSettings(
+            betas=(betas[0], betas[1]), eps=settings.eps, weight_decay=settings.weight_decay
+        )
     if eps != "auto":
         if not (isinstance(eps, int | float) and eps > 0):
-            raise ConfigError(f"optimizer.params.eps is {eps!r} in the DeepSpeed JSON; a positive number is needed.")
+            raise ConfigError(
+                f"optimizer.params.eps is {eps!r} in the DeepSpeed JSON; a positive number is needed."
+            )
         settings = OptimizerSettings(betas=settings.betas, eps=float(eps), weight_decay=settings.weight_decay)
     return settings
 
@@ -206,11 +216,14 @@ def _check_scheduler(ds: JsonDict, config: TrainConfig) -> None:
     if section is None:
         return
     if not isinstance(section, dict) or section.get("type") not in _SCHEDULES:
-        raise ConfigError(f"scheduler in the DeepSpeed JSON is {section!r}; supported types: {', '.join(_SCHEDULES)}.")
+        raise ConfigError(
+            f"scheduler in the DeepSpeed JSON is {section!r}; supported types: {', '.join(_SCHEDULES)}."
+        )
     wanted = config.optim.lr_scheduler_type
     if _SCHEDULES[str(section["type"])] != wanted:
         raise ConfigError(
-            f"scheduler.type is {section['type']} in the DeepSpeed JSON, but --lr_scheduler_type is {wanted}. "
+            f"scheduler.type is {section['type']} in the DeepSpeed JSON, "
+            f"but --lr_scheduler_type is {wanted}. "
             f"Change one of them, or remove the scheduler from the JSON."
         )
     params: Mapping[str, object] = dict(section.get("params", {}))

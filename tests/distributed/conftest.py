@@ -1,4 +1,4 @@
-"""A small multimodal data set in the Omni-CAD layout, without the geometry kernel: fast and always the same."""
+"""A small multimodal data set in the Omni-CAD layout, without the geometry kernel: fast, always the same."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The one way in which tests start several ranks: processes with a launcher's environment, gloo, a time limit.
+"""The one way in which tests start ranks: processes with a launcher's environment, gloo, a time limit.
 
 As a script this file is one rank: it loads a module by its path, calls one of its functions with a JSON
 payload, and writes what comes back as JSON.
@@ -41,7 +41,9 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
-def run_ranks(module: Path, function: str, payload: Any, *, world_size: int, seconds: float = 240) -> list[Any]:
+def run_ranks(
+    module: Path, function: str, payload: Any, *, world_size: int, seconds: float = 240
+) -> list[Any]:
     """`function(payload)` of the module at a path, on every rank; the results by rank.
 
     Fails with the output of the ranks if one of them fails or the time runs out; leaves no process behind.
@@ -55,7 +57,14 @@ def run_ranks(module: Path, function: str, payload: Any, *, world_size: int, sec
             with logs[rank].open("w") as log:
                 processes.append(
                     subprocess.Popen(
-                        [sys.executable, __file__, str(module), function, json.dumps(payload), str(results[rank])],
+                        [
+                            sys.executable,
+                            __file__,
+                            str(module),
+                            function,
+                            json.dumps(payload),
+                            str(results[rank]),
+                        ],
                         env=rank_environment(rank, world_size, port),
                         stdout=log,
                         stderr=subprocess.STDOUT,
@@ -70,7 +79,10 @@ def run_ranks(module: Path, function: str, payload: Any, *, world_size: int, sec
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
         if any(process.returncode for process in processes):
-            shown = "\n".join(f"--- rank {r}: exit {p.returncode}\n{logs[r].read_text()[-4000:]}" for r, p in enumerate(processes))
+            shown = "\n".join(
+                f"--- rank {r}: exit {p.returncode}\n{logs[r].read_text()[-4000:]}"
+                for r, p in enumerate(processes)
+            )
             raise AssertionError(f"{function} failed\n{shown}")
         return [json.loads(path.read_text()) for path in results]
 

@@ -1,10 +1,11 @@
-"""Twenty steps straight are nine steps, a stop, and eleven more, bit for bit; also across the border of a stage."""
+"""Twenty steps straight are nine, a stop, and eleven more, bit for bit; across the border of a stage."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import distance, flags, losses, weights
 
@@ -17,7 +18,9 @@ pytestmark = pytest.mark.distributed
 def run_flags(data: Path, output_dir: Path, *, ranks: int, zero: str | None, **more: object) -> list[str]:
     # 16 samples, global batch 8: stages of 6, 6 and 8 steps; the stop is in stage 2, so that the point
     # projector resumes in the middle of its first stage and the image projector enters after the resume.
-    stages = {f"stage{n}_epochs": e for n, e in ((1, 3), (2, 3), (3, 4))} | {f"stage{n}_lr": 3e-3 for n in (1, 2, 3)}
+    stages = {f"stage{n}_epochs": e for n, e in ((1, 3), (2, 3), (3, 4))} | {
+        f"stage{n}_lr": 3e-3 for n in (1, 2, 3)
+    }
     return flags(data, output_dir, ranks=ranks, zero=zero, **stages, save_steps=STOP, **more)
 
 
@@ -35,9 +38,10 @@ def half_done(straight: Path, output_dir: Path) -> Path:
 )
 def test_resume_is_exact(data: Path, tmp_path: Path, zero: str | None, ranks: int) -> None:
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    assert run_ranks(JOBS, "train_all", [run_flags(data, straight, ranks=ranks, zero=zero)], world_size=ranks) == [
-        [0]
-    ] * ranks
+    assert (
+        run_ranks(JOBS, "train_all", [run_flags(data, straight, ranks=ranks, zero=zero)], world_size=ranks)
+        == [[0]] * ranks
+    )
     half_done(straight, resumed)
     again = run_flags(data, resumed, ranks=ranks, zero=zero, resume_from_ckpt="auto")
     assert run_ranks(JOBS, "train_all", [again], world_size=ranks) == [[0]] * ranks

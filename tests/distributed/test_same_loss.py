@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import distance, flags, losses, weights
 
@@ -27,14 +28,22 @@ def dtype(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["lora", "full"])
-def outputs(request: pytest.FixtureRequest, dtype: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def outputs(
+    request: pytest.FixtureRequest, dtype: str, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """All runs of one dtype and one way to fine-tune: plain in one process, and ZeRO in two."""
     root = tmp_path_factory.mktemp(f"same-{dtype}")
     common = {"use_lora": request.param, "dtype": dtype}
     single = [
         run_flags(data, root / "plain", ranks=1, zero=None, **common),
         run_flags(
-            data, root / "one-micro-batch", ranks=1, zero=None, **common, batch_size=8, gradient_accumulation_steps=1
+            data,
+            root / "one-micro-batch",
+            ranks=1,
+            zero=None,
+            **common,
+            batch_size=8,
+            gradient_accumulation_steps=1,
         ),
     ]
     double = [run_flags(data, root / zero, ranks=2, zero=zero, **common) for zero in ZERO]

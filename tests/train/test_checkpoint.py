@@ -1,4 +1,4 @@
-"""A checkpoint is whole or it is not there; a damaged one is named, and a run never starts over in silence."""
+"""A checkpoint is whole or not there; a damaged one is named, and a run never starts over in silence."""
 
 import json
 from collections.abc import Mapping
@@ -23,7 +23,11 @@ def small_engine(seed: int = 0, width: int = 3) -> PlainEngine:
     torch.manual_seed(seed)
     module = nn.Linear(4, width)
     return PlainEngine(
-        module, {"lm": list(module.named_parameters())}, OptimizerSettings(), max_grad_norm=1.0, device=ALONE.device
+        module,
+        {"lm": list(module.named_parameters())},
+        OptimizerSettings(),
+        max_grad_norm=1.0,
+        device=ALONE.device,
     )
 
 
@@ -87,7 +91,9 @@ def test_reading_does_not_depend_on_who_wrote_which_elements(tmp_path: Path) -> 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
     folder = save(small_engine(), tmp_path, 1)
-    with pytest.raises(CheckpointError, match="weight has 12 elements in the checkpoint and 20 in this model"):
+    with pytest.raises(
+        CheckpointError, match="weight has 12 elements in the checkpoint and 20 in this model"
+    ):
         checkpoint.load(folder, small_engine(width=5), checkpoint.read_state(folder))
 
 
@@ -163,7 +169,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     def export(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointError, match="No space left.*untouched"):
+    with pytest.raises(CheckpointError, match=r"No space left.*untouched"):
         checkpoint.save(step_folder(tmp_path, 1), small_engine(), ALONE, state=lambda s: None, export=export)  # type: ignore[arg-type, return-value]
 
 

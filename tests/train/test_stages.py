@@ -1,5 +1,7 @@
 """The curriculum of the paper, and how fast each group of weights moves in it."""
 
+from itertools import pairwise
+
 import pytest
 
 from cad_mllm.config import CurriculumConfig, OptimConfig
@@ -41,7 +43,7 @@ def test_warm_up_then_decay_to_zero(schedule: str) -> None:
     curve = [learning_rates(stage, optim, step, 100)[LM] for step in range(100)]
     assert curve[:10] == pytest.approx([1e-4 * (k + 1) for k in range(10)])
     assert max(curve) == pytest.approx(1e-3)
-    assert all(a >= b for a, b in zip(curve[10:], curve[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(curve[10:]))
     assert 0 < curve[-1] < 2e-5
 
 

@@ -1,0 +1,119 @@
+"""The training entry as people start it: deepspeed, torchrun, plain python; and how it ends."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cad_mllm.train import checkpoint
+from tests.distributed.ranks import ROOT, free_port
+from tests.distributed.runs import flags, losses
+
+ENTRY = "cad_mllm/train_curriculum.py"
+BIN = Path(sys.executable).parent
+ZERO3 = "configs/deepspeed/ds_zero3_config.json"
+# The quick test of the old manual, on a CPU: tiny, sdpa, and as many samples as a test can wait for.
+QUICK_TEST = [
+    "--deepspeed", "--deepspeed_config", ZERO3, "--create_dummy_data", "--num_dummy_samples", "4",
+    "--batch_size", "2", "--stage1_epochs", "1", "--stage2_epochs", "1", "--stage3_epochs", "1",
+    "--use_gradient_checkpointing", "--attn_implementation", "sdpa", "--llm_model_name", "tiny",
+]  # fmt: skip
+
+pytestmark = pytest.mark.distributed
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+
+def start(command: list[str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]", seconds: float = 240) -> tuple[int, str]:
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["deepspeed", "--num_gpus=2", "--master_port={port}"],
+        ["torchrun", "--nproc_per_node=2", "--master_port={port}"],
+        ["python"],
+    ],
+    ids=["deepspeed", "torchrun", "python"],
+)
+def test_the_quick_test_of_the_old_manual_runs(launcher: list[str], tmp_path: Path) -> None:
+    words = [word.format(port=free_port()) for word in launcher]
+    code, output = finish(
+        start([str(BIN / words[0]), *words[1:], ENTRY, *QUICK_TEST, "--output_dir", str(tmp_path)])
+    )
+    assert code == 0, output
+    assert len(losses(tmp_path)) == 3
+    newest = checkpoint.find("auto", tmp_path, print)
+    assert newest is not None and checkpoint.read_state(newest).position.stage == 3
+    log = (tmp_path / "deepspeed_rank0.log").read_text()
+    assert "communication of one micro-batch" in log and "all_gather" in log
+    assert (tmp_path / "dummy_data" / "train" / "txt" / "0000.json").is_file()
+
+
+def test_sigterm_ends_with_143_after_a_checkpoint_and_the_run_goes_on(data: Path, tmp_path: Path) -> None:
+    words = flags(data, tmp_path, ranks=1, zero=None, stage1_epochs=200, stage2_epochs=0, stage3_epochs=0)
+    process = start([sys.executable, ENTRY, *words])
+    metrics = tmp_path / "metrics.jsonl"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process, 60)
+    assert code == 143, output
+    newest = checkpoint.find("auto", tmp_path, print)
+    assert newest is not None
+    at = checkpoint.read_state(newest).position
+    assert at.global_step == len(losses(tmp_path)) >= 3
+    again = flags(
+        data,
+        tmp_path,
+        ranks=1,
+        zero=None,
+        stage1_epochs=200,
+        stage2_epochs=0,
+        stage3_epochs=0,
+        resume_from_ckpt="auto",
+    )
+    process = start([sys.executable, ENTRY, *again])
+    while process.poll() is None and len(losses(tmp_path)) < at.global_step + 2:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process, 60)
+    assert code == 143 and f"resumed from {newest}" in output, output
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def test_several_processes_without_deepspeed_are_refused(tmp_path: Path) -> None:
+    launcher = [str(BIN / "torchrun"), "--nproc_per_node=2", f"--master_port={free_port()}"]
+    code, output = finish(
+        start([*launcher, ENTRY, "--llm_model_name", "tiny", "--output_dir", str(tmp_path)])
+    )
+    assert code != 0
+    assert "add --deepspeed --deepspeed_config" in output and "exit code 2" in output
+    assert "Traceback" not in output.split("ChildFailedError")[0]
