@@ -1,0 +1,11 @@
+"""What every test runs under: the CPU, no network, nothing left behind outside its own folder."""
+
+import os
+
+# Before torch, transformers or matplotlib are imported by a test module.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
