@@ -18,7 +18,7 @@ pytestmark = pytest.mark.distributed
 def run_flags(data: Path, output_dir: Path, **more: object) -> list[str]:
     # Stage 3 alone: all four combinations of modalities; 16 samples, global batch 8, 10 epochs = 20 steps.
     full = not more["use_lora"]
-    stage = {"start_from_stage": 3, "stage3_epochs": 10, "stage3_lr": 2e-3 if full else 1e-2}
+    stage = {"start_from_stage": 3, "stage3_epochs": 10, "stage3_lr": 5e-4 if full else 1e-3}
     return flags(data, output_dir, **{"projector_lr_multiplier": 1.0, "save_steps": 1000, **stage, **more})
 
 
