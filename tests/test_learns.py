@@ -14,20 +14,19 @@ from cad_mllm.train.run import prepare_run
 from cad_mllm.train.stages import IMAGE_PROJECTOR, LM, POINT_PROJECTOR, Stage
 from cad_mllm.train.stop import StopSignal
 from cad_mllm.train.trainer import fit
-from tests.distributed.conftest import write_data
+from tests.distributed.conftest import NUM_SAMPLES, write_data
 from tests.distributed.runs import flags
 
-NUM_MODELS = 8
 CAPTION = "A part."
 
 
 @pytest.mark.parametrize("combo", ["text+points", "text+image"])
 def test_eight_models_with_one_caption_are_reproduced_exactly(combo: str, tmp_path: Path) -> None:
-    data = write_data(tmp_path / "data", num_samples=NUM_MODELS, caption=CAPTION)
+    data = write_data(tmp_path / "data", caption=CAPTION)
     more = {
         "use_lora": False,
         "start_from_stage": 3,
-        "batch_size": NUM_MODELS,
+        "batch_size": NUM_SAMPLES,
         "gradient_accumulation_steps": 1,
         "projector_lr_multiplier": 1.0,
         "warmup_steps": 20,
@@ -45,9 +44,9 @@ def test_eight_models_with_one_caption_are_reproduced_exactly(combo: str, tmp_pa
         run = replace(prepare_run(config, alone), stages=(only,))
         fit(run, stop)
         run.tracker.close()
-    records = [run.index.record(number) for number in range(NUM_MODELS)]
+    records = [run.index.record(number) for number in range(NUM_SAMPLES)]
     targets = [record.target for record in records]
-    assert len(set(targets)) == NUM_MODELS
+    assert len(set(targets)) == NUM_SAMPLES
     inputs = []
     for record in records:
         assert record.points is not None

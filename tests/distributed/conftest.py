@@ -10,24 +10,25 @@ from PIL import Image
 from cad_mllm.cad import omnicad, synth
 from cad_mllm.cad.mesh import mesh_by_manifold
 
-NUM_SAMPLES = 16
+SHORT_SEEDS = (40, 115, 56, 97, 3, 132, 10, 51)
+"""Procedural models with short programs: these tests compare numbers, and bf16 is slow on a CPU."""
+NUM_SAMPLES = len(SHORT_SEEDS)
 
 
-def write_data(root: Path, *, num_samples: int, caption: str | None = None, views: int = 1) -> Path:
-    """Procedural models with points and pictures; one and the same caption for all if it is given."""
+def write_data(root: Path, *, caption: str | None = None) -> Path:
+    """Procedural models with points and a picture; one and the same caption for all if it is given."""
     entries = []
-    for number in range(num_samples):
+    for number, seed in enumerate(SHORT_SEEDS):
         sample_id = f"0000/{number:08d}_00001"
-        program, own_caption = synth.make_program(number)
-        entries.append({"id": sample_id, "text caption": caption or own_caption})
+        program, _ = synth.make_program(seed)
+        entries.append({"id": sample_id, "text caption": caption or f"Part {number}."})
         points = mesh_by_manifold(program).sample(512, seed=number)
         pixels = np.random.default_rng(number).integers(0, 255, (56, 56, 3), dtype=np.uint8)
         for folder in ("json", "pcd", "img"):
             (root / folder / "0000").mkdir(parents=True, exist_ok=True)
         (root / "json" / f"{sample_id}.json").write_text(json.dumps(omnicad.to_json(program)))
         np.savez(root / "pcd" / f"{sample_id}.npz", points=points)
-        for view in range(views):
-            Image.fromarray(pixels).save(root / "img" / f"{sample_id}_{view:03d}.png")
+        Image.fromarray(pixels).save(root / "img" / f"{sample_id}_000.png")
     (root / "txt").mkdir()
     (root / "txt" / "0000.json").write_text(json.dumps(entries))
     return root
@@ -35,4 +36,4 @@ def write_data(root: Path, *, num_samples: int, caption: str | None = None, view
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("data"), num_samples=NUM_SAMPLES)
+    return write_data(tmp_path_factory.mktemp("data"))

@@ -11,13 +11,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def flags(data: Path, output_dir: Path, *, ranks: int, zero: str | None, **more: object) -> list[str]:
-    """Flags of a tiny run with a global batch of 8; `zero` names a shipped DeepSpeed JSON."""
+    """Flags of a tiny run with a global batch of 4; `zero` names a shipped DeepSpeed JSON."""
     values: dict[str, object] = {
         "llm_model_name": "tiny",
         "device": "cpu",
         "train_data_path": data,
         "output_dir": output_dir,
-        "batch_size": 2,
+        "batch_size": 1,
         "gradient_accumulation_steps": 4 // ranks,
         "warmup_steps": 2,
         "logging_steps": 1,
