@@ -94,7 +94,7 @@ class RunTracker:
         _drop_after(path, resumed_step)
         self._file = path.open("a", encoding="utf-8")
         self._every = config.logging_steps
-        self._console = Console(width=None if os.environ.get("COLUMNS") or Console().is_terminal else 140)
+        self._console = Console()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -146,6 +146,7 @@ class RunTracker:
             f"lr {max(metrics.lr.values()):.2e}  {rate:9,.0f} tokens/s{memory}  "
             f"stage ends in {_duration(left)}",
             highlight=False,
+            soft_wrap=True,
         )
         self._window_tokens, self._window_seconds = 0, 0.0
 
@@ -156,7 +157,7 @@ class RunTracker:
 
     def say(self, message: str) -> None:
         """See `Tracker`."""
-        self._console.print(message, highlight=False, markup=False)
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """See `Tracker`."""

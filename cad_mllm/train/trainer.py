@@ -32,7 +32,7 @@ from cad_mllm.train.tracking import StepMetrics
 
 _PROJECTORS = frozenset({POINT_PROJECTOR, IMAGE_PROJECTOR})
 _PROFILED_STEP = 1
-"""Step of the first stage whose communication is measured (step 0 is warm-up)."""
+"""Step of this process whose communication is measured (step 0 is warm-up)."""
 
 
 def train(config: TrainConfig) -> ExitCode:
@@ -130,7 +130,8 @@ def _train_step(
         stable_hash("step", run.config.run.seed, stage.number, step.index, run.world.rank) % 2**63
     )
     rates = learning_rates(stage, run.config.optim, step.index, total)
-    profiled = stage is run.stages[0] and step.index == _PROFILED_STEP
+    started_at = run.start.global_step if run.start is not None else 0
+    profiled = global_step - started_at == _PROFILED_STEP
     loss = torch.zeros((), device=run.world.device)
     for batch in step.micro_batches:
         if profiled and batch is step.micro_batches[-1]:  # measuring is slow: one micro-batch is enough

@@ -116,4 +116,4 @@ def test_several_processes_without_deepspeed_are_refused(tmp_path: Path) -> None
     )
     assert code != 0
     assert "add --deepspeed --deepspeed_config" in output and "exit code 2" in output
-    assert "Traceback" not in output.split("ChildFailedError")[0]
+    assert "cad_mllm/cli.py" not in output  # torchrun shows a traceback of its own, we show none

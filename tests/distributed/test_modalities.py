@@ -63,7 +63,8 @@ def test_an_image_on_one_rank_and_none_on_the_other_trains_under_zero3(
         "point_encoder": "tiny",
         "start_from_stage": 3,
         "stage3_epochs": 4,
-        "stage3_lr": 1e-2,
+        "stage3_lr": 1e-3,
+        "projector_lr_multiplier": 1.0,
         "use_gradient_checkpointing": True,
     }
     plain = flags(data, tmp_path / "plain", ranks=1, zero=None, **common, gradient_accumulation_steps=4)
