@@ -301,7 +301,10 @@ def _add_lora(lm: PreTrainedModel, config: ModelConfig, *, seed: int) -> nn.Modu
         task_type="CAUSAL_LM",
     )
     # ZeRO-3 needs one dtype over all trainable weights: no fp32 adapters beside a bf16 base.
-    wrapped: nn.Module = get_peft_model(lm, lora, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        # peft asks transformers by a name that is being replaced.
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        wrapped: nn.Module = get_peft_model(lm, lora, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
     dtype = torch_dtype(config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in wrapped.named_parameters():
