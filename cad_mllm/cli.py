@@ -58,9 +58,12 @@ def prepare(argv: Sequence[str]) -> ExitCode:
     _require("--seconds", arguments.seconds, 0.1)
     _require("--views", arguments.views, 1, _MAX_VIEWS)
     _require("--points", arguments.points, 1)
-    from cad_mllm.data.prepare import prepare as prepare_data
+    from rich.console import Console
 
-    prepare_data(
+    from cad_mllm.data.prepare import prepare as prepare_data
+    from cad_mllm.data.prepare import print_report
+
+    report = prepare_data(
         arguments.json_root,
         arguments.out,
         txt_root=arguments.txt_root,
@@ -69,6 +72,7 @@ def prepare(argv: Sequence[str]) -> ExitCode:
         views=arguments.views,
         points=arguments.points,
     )
+    print_report(report, Console())
     return ExitCode.DONE
 
 

@@ -229,3 +229,17 @@ def test_the_real_files_become_training_data(tokenizer: TextTokenizer, tmp_path:
         workers=0,
     )
     assert index.num_usable == 12
+
+
+def test_the_command_tells_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from cad_mllm import cli
+
+    source = next((Path(__file__).parent / "omnicad" / "json").rglob("*.json"))
+    copy = tmp_path / "in" / "0000" / source.name
+    copy.parent.mkdir(parents=True)
+    copy.write_bytes(source.read_bytes())
+    words = ["--json_root", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    assert cli.prepare([*words, "--workers", "1", "--views", "1", "--points", "64"]) == 0
+    shown = capsys.readouterr().out
+    assert "made" in shown and "skipped" in shown
+    assert (tmp_path / "out" / "img" / "0000" / f"{source.stem}_000.png").is_file()
