@@ -46,6 +46,7 @@ NEVER_IN: dict[str, set[str]] = {
 
 TOP_LEVEL = {
     ".ci",
+    ".github",
     ".gitignore",
     "LICENSE",
     "Makefile",
