@@ -42,7 +42,7 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def run_ranks(
-    module: Path, function: str, payload: Any, *, world_size: int, seconds: float = 240
+    module: Path, function: str, payload: Any, *, world_size: int, seconds: float = 280
 ) -> list[Any]:
     """`function(payload)` of the module at a path, on every rank; the results by rank.
 
