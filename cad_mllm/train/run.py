@@ -1,5 +1,6 @@
 """Set-up of a training run: all that the fit loop needs, built in the order in which mistakes are cheap."""
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from cad_mllm.data.index import Index, IndexReport, build_index, load_index
 from cad_mllm.data.layout import Source, Split
 from cad_mllm.data.order import num_steps
 from cad_mllm.data.sequence import needed_modalities
-from cad_mllm.errors import CheckpointError
+from cad_mllm.errors import CheckpointError, ConfigError
 from cad_mllm.model.build import Built, build_model, lm_shape
 from cad_mllm.model.multimodal import parameter_groups
 from cad_mllm.settings import to_flat
@@ -65,7 +66,7 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
     """
     stages = plan(config.curriculum)
     output_dir = config.run.output_dir
-    output_dir.mkdir(parents=True, exist_ok=True)
+    _make_output_dir(output_dir)
     zero = _resolve_zero(config, world)
     resume = _find_checkpoint(config, world)
     sources = _sources(config, world)
@@ -120,6 +121,19 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
         identity=identity,
         provenance=provenance(world, zero.config if zero is not None else None),
     )
+
+
+def _make_output_dir(output_dir: Path) -> None:
+    """Make the folder, and try a write now rather than at the first checkpoint."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as e:
+        raise ConfigError(
+            f"--output_dir {output_dir}: cannot be written ({e.strerror or e}). "
+            f"Name a folder on a writable volume, and check that it is mounted."
+        ) from e
 
 
 def _global_batch(config: TrainConfig, world: World) -> int:
