@@ -30,6 +30,9 @@ from cad_mllm.errors import DataError
 EVAL_STAGE = 0
 """Draws of validation come from stage 0, epoch 0: the same points and views every time."""
 
+MAX_EVAL_SAMPLES = 1024
+"""Most samples of a validation pass: Omni-CAD's whole test split would take longer than many a stage."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -225,6 +228,11 @@ class _StepItems:
         ]
 
 
+def eval_samples(num_samples: int) -> range:
+    """Which samples of a validation split are used: all, or at most MAX_EVAL_SAMPLES, evenly spread."""
+    return range(0, num_samples, -(-num_samples // MAX_EVAL_SAMPLES))
+
+
 def eval_batches(
     index: Index,
     tokenizer: TextTokenizer,
@@ -239,15 +247,17 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """One pass over a validation split with one modality combination; the same batches in every call.
 
+    The samples are those of `eval_samples`.
     Micro-batch j goes to rank j % world_size. Where they do not come out even, the last ranks get a repeated
     one with all labels ignored: every rank computes the same number of micro-batches.
     """
-    starts = range(0, len(index), batch_size)
+    chosen = eval_samples(len(index))
+    starts = range(0, len(chosen), batch_size)
     own: list[list[_Item]] = []
     for first in range(0, len(starts), world_size):
         number = first + rank
         start = starts[min(number, len(starts) - 1)]
-        numbers = range(start, min(start + batch_size, len(index)))
+        numbers = chosen[start : start + batch_size]
         own.append([_Item(n, 0, combo, supervised=number < len(starts)) for n in numbers])
     batches = _MicroBatches(_BatchBuilder(index, tokenizer, spec, seed, EVAL_STAGE), own)
     return _prefetched(batches, num_workers, pin_memory=False)

@@ -1,18 +1,22 @@
 """Set-up of a training run: all that the fit loop needs, built in the order in which mistakes are cheap."""
 
 import tempfile
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from cad_mllm.config import TrainConfig
 from cad_mllm.data.collate import SequenceSpec
 from cad_mllm.data.dummy import write_dummy_data
 from cad_mllm.data.index import Index, IndexReport, build_index, load_index
 from cad_mllm.data.layout import Source, Split
+from cad_mllm.data.loader import eval_samples
 from cad_mllm.data.order import num_steps
 from cad_mllm.data.sequence import needed_modalities
-from cad_mllm.errors import CheckpointError, ConfigError
+from cad_mllm.errors import CheckpointError, ConfigError, PreflightError
 from cad_mllm.model.build import Built, build_model, lm_shape
 from cad_mllm.model.multimodal import parameter_groups
 from cad_mllm.settings import to_flat
@@ -67,6 +71,7 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
     stages = plan(config.curriculum)
     output_dir = config.run.output_dir
     _make_output_dir(output_dir)
+    _require_shared(output_dir, world)
     zero = _resolve_zero(config, world)
     resume = _find_checkpoint(config, world)
     sources = _sources(config, world)
@@ -99,7 +104,7 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
     if world.is_main:
         done = state.position.global_step if state is not None else 0
         tracker = RunTracker(config.run, run_config=to_flat(config), resumed_step=done)
-    for line in (*built.notes, *(_describe(report) for report in reports)):
+    for line in (_describe_world(world), *built.notes, *(_describe(report) for report in reports)):
         tracker.say(line)
     if resume is not None:
         tracker.say(f"resumed from {resume}")
@@ -107,6 +112,8 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
         tracker.say(f"no checkpoint in {output_dir} yet: starting from the beginning")
     if len(indices) == 1:
         tracker.say("no validation data (--val_data_path): training loss only")
+    elif len(used := eval_samples(len(indices[1]))) < len(indices[1]):
+        tracker.say(f"validation loss on {len(used)} of {len(indices[1])} samples, evenly spread")
     return Run(
         config=config,
         world=world,
@@ -134,6 +141,30 @@ def _make_output_dir(output_dir: Path) -> None:
             f"--output_dir {output_dir}: cannot be written ({e.strerror or e}). "
             f"Name a folder on a writable volume, and check that it is mounted."
         ) from e
+
+
+def _require_shared(output_dir: Path, world: World) -> None:
+    """Every rank writes its part of a checkpoint, and reads the index that rank 0 made: one folder for all.
+
+    Raises:
+        PreflightError: some rank does not see what rank 0 writes.
+    """
+    if world.size == 1:
+        return
+    probe = output_dir / f".shared-{world.broadcast(uuid.uuid4().hex)}"
+    world.from_main(probe.touch)
+    (blind,) = world.sum(float(not probe.exists()))
+    world.from_main(probe.unlink)
+    if blind:
+        raise PreflightError(
+            f"--output_dir {output_dir}: {blind:.0f} of {world.size} ranks do not see what rank 0 writes "
+            f"there. Put it on a volume that all machines share (in Kubernetes: access mode ReadWriteMany)."
+        )
+
+
+def _describe_world(world: World) -> str:
+    device = "CPU" if world.device.type == "cpu" else torch.cuda.get_device_name(world.device)
+    return f"world size {world.size}: {world.local_size} on this machine, {device}"
 
 
 def _global_batch(config: TrainConfig, world: World) -> int:

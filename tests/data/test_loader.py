@@ -9,7 +9,7 @@ import torch
 
 from cad_mllm.data.collate import Batch
 from cad_mllm.data.index import Index, IndexReport, load_index
-from cad_mllm.data.loader import Step, StepLoader, eval_batches
+from cad_mllm.data.loader import MAX_EVAL_SAMPLES, Step, StepLoader, eval_batches, eval_samples
 from cad_mllm.data.sequence import Mix, TextTokenizer
 from cad_mllm.errors import DataError
 
@@ -132,6 +132,14 @@ def test_a_file_that_breaks_during_training_is_named(
         list(batches)
     assert str(folder.file("pcd", 1)) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("num_samples", [1, MAX_EVAL_SAMPLES, MAX_EVAL_SAMPLES + 1, 27_494, 10**6])
+def test_validation_uses_a_bounded_share_that_spans_the_split(num_samples: int) -> None:
+    used = eval_samples(num_samples)
+    assert len(used) == num_samples if num_samples <= MAX_EVAL_SAMPLES else len(used) > MAX_EVAL_SAMPLES // 2
+    assert len(used) <= MAX_EVAL_SAMPLES
+    assert used[0] == 0 and num_samples - used.step <= used[-1] < num_samples
 
 
 @pytest.mark.parametrize("world_size, batch_size", [(1, 2), (2, 2), (4, 3), (3, 20)])

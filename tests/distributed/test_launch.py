@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cad_mllm.train import checkpoint
-from tests.distributed.ranks import ROOT, free_port
+from tests.distributed.ranks import ROOT, free_port, run_ranks
 from tests.distributed.runs import flags, losses
 
 ENTRY = "cad_mllm/train_curriculum.py"
@@ -118,3 +118,11 @@ def test_several_processes_without_deepspeed_are_refused(tmp_path: Path) -> None
     assert code != 0
     assert "add --deepspeed --deepspeed_config" in output and "exit code 2" in output
     assert "cad_mllm/cli.py" not in output  # torchrun shows a traceback of its own, we show none
+
+
+def test_ranks_that_do_not_share_the_output_folder_are_refused(data: Path, tmp_path: Path) -> None:
+    words = flags(data, tmp_path / "out", ranks=2, zero="zero2_config")
+    answers = run_ranks(Path(__file__).with_name("jobs.py"), "refused_in_own_folders", words, world_size=2)
+    for answer in answers:
+        assert answer.startswith("5 --output_dir ") and "1 of 2 ranks do not see" in answer
+        assert "ReadWriteMany" in answer
