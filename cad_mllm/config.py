@@ -129,6 +129,10 @@ class RunConfig:
     """Older step checkpoints are removed (0 keeps all); stage-end checkpoints stay."""
     resume_from_ckpt: str | None = None
     """A checkpoint folder, or `auto`: the newest complete one in the output folder, if there is any."""
+    max_restarts_without_progress: int = 5
+    """With `--resume_from_ckpt auto`: more restarts than this from one and the same step end it (exit 5)."""
+    hang_timeout_minutes: float = 30.0
+    """A step or a collective that takes longer is a hang: stacks are written, the run ends (exit 171)."""
     deepspeed: bool = False
     """Train under DeepSpeed; needs --deepspeed_config."""
     deepspeed_config: Path | None = None

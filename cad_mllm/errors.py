@@ -17,6 +17,7 @@ class ExitCode(IntEnum):
     CHECKPOINT = 4
     PREFLIGHT = 5
     STOPPED = 143
+    HUNG = 171
 
 
 class CadMllmError(Exception):

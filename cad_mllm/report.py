@@ -135,7 +135,7 @@ def read_metrics(path: Path) -> Metrics:
         with path.open(encoding="utf-8") as lines:
             for line in lines:
                 record = json.loads(line)
-                if "loss" in record:
+                if record.get("loss") is not None:  # neither a validation nor a skipped step
                     metrics.steps.append(int(record["step"]))
                     metrics.losses.append(float(record["loss"]))
                     metrics.stages.append(int(record["stage"]))

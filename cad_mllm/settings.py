@@ -60,6 +60,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "logging_steps": (1, _ANY),
     "save_steps": (1, _ANY),
     "keep_last_n_checkpoints": (0, _ANY),
+    "max_restarts_without_progress": (0, _ANY),
+    "hang_timeout_minutes": (0.01, 7 * 24 * 60),
 }
 
 

@@ -14,6 +14,7 @@ from cad_mllm.train.run import prepare_run
 from cad_mllm.train.stages import IMAGE_PROJECTOR, LM, POINT_PROJECTOR, Stage
 from cad_mllm.train.stop import StopSignal
 from cad_mllm.train.trainer import fit
+from cad_mllm.train.watchdog import Watchdog
 from tests.distributed.conftest import NUM_SAMPLES, write_data
 from tests.distributed.runs import flags
 
@@ -40,9 +41,9 @@ def test_eight_models_with_one_caption_are_reproduced_exactly(combo: str, tmp_pa
         epochs=120,  # one step each
         lr=2e-3,
     )
-    with world(config.run) as alone, StopSignal() as stop:
+    with world(config.run) as alone, StopSignal() as stop, Watchdog(600, tmp_path, 0) as watchdog:
         run = replace(prepare_run(config, alone), stages=(only,))
-        fit(run, stop)
+        fit(run, stop, watchdog)
         run.tracker.close()
     records = [run.index.record(number) for number in range(NUM_SAMPLES)]
     targets = [record.target for record in records]

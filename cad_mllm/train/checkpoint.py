@@ -6,9 +6,9 @@
         state.json                               position, configuration, dataset fingerprint, provenance
         COMPLETE                                 sha256 of every file above; written last
 
-A checkpoint is written under a temporary name, every file is fsynced, then the folder is renamed. A
-shard file says for each parameter which elements it holds, so any engine on any number of ranks can read
-the state of any other. There is no RNG state to keep: every draw follows from (seed, step).
+A checkpoint is written under a temporary name, every file is fsynced, then the folder is renamed
+(`writer.py`). A shard file says for each parameter which elements it holds, so any engine on any number of
+ranks can read the state of any other. There is no RNG state to keep: every draw follows from (seed, step).
 """
 
 import hashlib
@@ -16,23 +16,21 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cad_mllm.errors import CheckpointError
-from cad_mllm.train.distributed import World
 from cad_mllm.train.engine import Engine
-from cad_mllm.train.optim import MOMENTS, Flat, get_step, set_step
+from cad_mllm.train.optim import MOMENTS, Flat, set_step
 
-_COMPLETE = "COMPLETE"
-_STATE = "state.json"
-_MASTER = "master"
-_TEMPORARY = ".tmp-"
+COMPLETE = "COMPLETE"
+STATE = "state.json"
+MASTER = "master"
+TEMPORARY = ".tmp-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,59 +62,26 @@ def step_folder(output_dir: Path, global_step: int) -> Path:
     return output_dir / "checkpoints" / f"step-{global_step:08d}"
 
 
-def save(
-    folder: Path,
-    engine: Engine,
-    world: World,
-    *,
-    state: Callable[[Mapping[str, int]], CheckpointState],
-    export: Callable[[Path, Mapping[str, Tensor]], None],
-) -> None:
-    """Write one checkpoint; every rank must call this.
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
-    `export` writes the trained weights, given by parameter name (fp32, on the CPU), into a folder in the
-    form in which other tools load them.
 
-    Raises:
-        CheckpointError: the disk does not take it (full, read-only, gone).
+def set_aside(output_dir: Path, *, after: int) -> Path | None:
+    """Move what lies in `checkpoints/` behind step `after` out of the way: the run goes on without it.
+
+    Damaged checkpoints that a resume passed over, and those of a run that is started anew or from an earlier
+    point, would otherwise be the newest ones for the next `auto`. Returns where they are now, None if there
+    were none.
     """
-    try:
-        _save(folder, engine, world, state=state, export=export)
-    except (OSError, SafetensorError) as e:
-        raise CheckpointError(
-            f"could not write {folder}: {e}. The checkpoints before it are untouched; make room or mend "
-            f"the volume, and go on with --resume_from_ckpt auto."
-        ) from e
-
-
-def _save(
-    folder: Path,
-    engine: Engine,
-    world: World,
-    *,
-    state: Callable[[Mapping[str, int]], CheckpointState],
-    export: Callable[[Path, Mapping[str, Tensor]], None],
-) -> None:
-    temporary = folder.with_name(_TEMPORARY + folder.name)
-    if world.is_main:
-        for left_by_a_kill in folder.parent.glob(f"{_TEMPORARY}*"):
-            shutil.rmtree(left_by_a_kill)
-        (temporary / "shards").mkdir(parents=True)
-    world.barrier()
-    _write_shard(temporary / "shards" / f"rank-{world.rank:05d}-of-{world.size:05d}.safetensors", engine)
-    world.barrier()
-    if world.is_main:
-        reader = ShardReader(temporary / "shards")
-        (temporary / "model").mkdir()
-        export(temporary / "model", {name: reader.full(name) for name in reader.names})
-        steps = {flat.group: get_step(engine.optimizer, flat) for flat in engine.flats}
-        (temporary / _STATE).write_text(json.dumps(asdict(state(steps)), indent=1, default=str))
-        _seal(temporary)
-        if folder.exists():  # the same step written again, after a resume
-            shutil.rmtree(folder)
-        os.rename(temporary, folder)
-        _fsync(folder.parent)
-    world.barrier()
+    passed_over = [folder for folder in _newest_first(output_dir) if _step_of(folder) > after]
+    if not passed_over:
+        return None
+    numbers = (int(path.name.rpartition("-")[2]) for path in output_dir.glob("checkpoints-set-aside-*"))
+    aside = output_dir / f"checkpoints-set-aside-{max(numbers, default=0) + 1}"
+    aside.mkdir()
+    for folder in passed_over:
+        folder.rename(aside / folder.name)
+    return aside
 
 
 def prune(output_dir: Path, *, keep: int) -> None:
@@ -126,11 +91,11 @@ def prune(output_dir: Path, *, keep: int) -> None:
     candidates = [
         folder
         for folder in _newest_first(output_dir)
-        if (folder / _COMPLETE).exists() and not read_state(folder).position.stage_complete
+        if (folder / COMPLETE).exists() and not read_state(folder).position.stage_complete
     ]
     for old in candidates[keep:]:
         # Renamed first, so that a half-removed folder is never taken for a checkpoint.
-        doomed = old.with_name(_TEMPORARY + old.name)
+        doomed = old.with_name(TEMPORARY + old.name)
         shutil.rmtree(doomed, ignore_errors=True)
         os.rename(old, doomed)
         shutil.rmtree(doomed)
@@ -146,7 +111,7 @@ def find(resume_from: str, output_dir: Path, say: Callable[[str], None]) -> Path
     """
     if resume_from != "auto":
         folder = Path(resume_from)
-        if not (folder / _COMPLETE).exists() and (folder / "checkpoints").is_dir():
+        if not (folder / COMPLETE).exists() and (folder / "checkpoints").is_dir():
             newest = find("auto", folder, say)
             if newest is None:
                 raise _none_usable(folder)
@@ -174,7 +139,9 @@ def _none_usable(output_dir: Path) -> CheckpointError:
 
 
 def _newest_first(output_dir: Path) -> list[Path]:
-    return sorted((output_dir / "checkpoints").glob("step-*"), reverse=True)
+    """The folders that are named as step checkpoints, whole or not."""
+    found = (output_dir / "checkpoints").glob("step-*")
+    return sorted((f for f in found if f.name.removeprefix("step-").isdigit()), key=_step_of, reverse=True)
 
 
 def verify(folder: Path) -> str | None:
@@ -182,10 +149,10 @@ def verify(folder: Path) -> str | None:
     if not folder.is_dir():
         return "no such folder"
     try:
-        manifest = json.loads((folder / _COMPLETE).read_text())
+        manifest = json.loads((folder / COMPLETE).read_text())
         files: Mapping[str, str] = manifest["sha256"]
         for name, digest in files.items():
-            if _sha256(folder / name) != digest:
+            if sha256_of(folder / name) != digest:
                 return f"{name} does not match its checksum"
     except FileNotFoundError as e:
         return f"{Path(e.filename).name} is missing"
@@ -201,11 +168,11 @@ def read_state(folder: Path) -> CheckpointState:
         CheckpointError: it was written by another version and says something else.
     """
     try:
-        raw = json.loads((folder / _STATE).read_text())
+        raw = json.loads((folder / STATE).read_text())
         return CheckpointState(**{**raw, "position": Position(**raw["position"])})
     except (OSError, ValueError, TypeError, KeyError) as e:
         raise CheckpointError(
-            f"{folder / _STATE}: not the state of a checkpoint of this version ({e})."
+            f"{folder / STATE}: not the state of a checkpoint of this version ({e})."
         ) from e
 
 
@@ -218,7 +185,7 @@ def load(folder: Path, engine: Engine, state: CheckpointState) -> None:
     reader = ShardReader(folder / "shards")
     with torch.no_grad():
         for flat in engine.flats:
-            _read_flat(reader, flat, flat.master, _MASTER)
+            _read_flat(reader, flat, flat.master, MASTER)
             optimizer_state = engine.optimizer.state[flat.master]
             for key in MOMENTS:
                 optimizer_state[key] = torch.zeros_like(flat.master)
@@ -230,22 +197,6 @@ def load(folder: Path, engine: Engine, state: CheckpointState) -> None:
 def _read_flat(reader: "ShardReader", flat: Flat, target: Tensor, kind: str) -> None:
     for f in flat.fragments:
         target[f.offset : f.offset + f.length].copy_(reader.read(kind, f.name, f.start, f.length, f.numel))
-
-
-def _write_shard(path: Path, engine: Engine) -> None:
-    tensors: dict[str, Tensor] = {}
-    table: dict[str, object] = {}
-    for flat in engine.flats:
-        state = engine.optimizer.state[flat.master]
-        for f in flat.fragments:
-            part = slice(f.offset, f.offset + f.length)
-            tensors[f"{_MASTER}/{f.name}"] = flat.master.detach()[part].cpu().clone()
-            for key in MOMENTS:
-                moment = state[key][part].cpu().clone() if key in state else torch.zeros(f.length)
-                tensors[f"{key}/{f.name}"] = moment
-            table[f.name] = {"start": f.start, "numel": f.numel, "shape": list(f.shape)}
-    save_file(tensors, path, metadata={"fragments": json.dumps(table)})
-    _fsync(path)
 
 
 class ShardReader:
@@ -267,7 +218,7 @@ class ShardReader:
             except (OSError, SafetensorError, ValueError, KeyError, TypeError) as e:
                 raise CheckpointError(f"{path}: not a readable shard ({e}).") from e
             for name, piece in table.items():
-                length = handle.get_slice(f"{_MASTER}/{name}").get_shape()[0]
+                length = handle.get_slice(f"{MASTER}/{name}").get_shape()[0]
                 self._pieces.setdefault(name, []).append((piece["start"], length, path))
                 self._shapes[name] = tuple(piece["shape"])
         if not self._pieces:
@@ -282,7 +233,7 @@ class ShardReader:
         """A whole master weight, fp32, in its own shape."""
         shape = self._shapes[name]
         numel = int(torch.Size(shape).numel())
-        return self.read(_MASTER, name, 0, numel, numel).view(shape)
+        return self.read(MASTER, name, 0, numel, numel).view(shape)
 
     def read(self, kind: str, name: str, start: int, length: int, numel: int) -> Tensor:
         """Elements [start, start + length) of a flattened parameter of `numel` elements."""
@@ -307,27 +258,7 @@ class ShardReader:
         return out
 
 
-def _seal(folder: Path) -> None:
-    """Write COMPLETE: from here on the folder is a checkpoint. Everything is on the disk before it."""
-    digests = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digests[path.relative_to(folder).as_posix()] = _sha256(path)
-        _fsync(path)
-    mark = folder / _COMPLETE
-    mark.write_text(json.dumps({"sha256": digests}, indent=1))
-    _fsync(mark)
-    for directory in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
-        _fsync(directory)
-
-
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Hash of a file."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

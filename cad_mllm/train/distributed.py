@@ -7,7 +7,7 @@ LOCAL_RANK, MASTER_ADDR, MASTER_PORT); plain `python` is a world of one.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TypeVar, cast
 
@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 _CONTROL_TIMEOUT = timedelta(hours=12)
 """For waits that are as long as the work of one rank: preparing data, loading a model."""
+
+_GRACE = timedelta(minutes=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,20 @@ class World:
         box: list[T] = [value]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value` (small, picklable, our own), by rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        box: list[T] = [value] * self.size
+        dist.all_gather_object(box, value, group=self.control)
+        return box
+
+    def fork(self) -> "World":
+        """The same ranks with a control group of their own, for a thread beside the training."""
+        if self.size == 1:
+            return self
+        return replace(self, control=dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT))
 
     def from_main(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0, on every rank; the others wait.
@@ -135,7 +151,9 @@ def world(config: RunConfig) -> Iterator[World]:
     }.items():
         os.environ.setdefault(name, value)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    # After the watchdog, which shows where each rank stands.
+    timeout = timedelta(minutes=config.hang_timeout_minutes) + _GRACE
+    dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     control = dist.new_group(backend="gloo", timeout=_CONTROL_TIMEOUT)
     # torchrun and the deepspeed launcher call it by different names
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)

@@ -35,7 +35,10 @@ class Engine(Protocol):
         """Accumulate gradients. Summed over micro-batches and ranks they are those of the summed losses."""
 
     def step(self, learning_rates: Mapping[str, float]) -> float:
-        """Clip, update, clear the gradients; call after the last micro-batch. Returns the gradient norm."""
+        """Clip, update, clear the gradients; call after the last micro-batch. Returns the gradient norm.
+
+        A norm that is not finite (on all ranks alike) means that nothing was updated.
+        """
 
     def refresh(self) -> None:
         """Make the model's weights follow the master buffers (after a checkpoint was read into them)."""
@@ -104,12 +107,13 @@ class PlainEngine:
         for master in self._masters:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
-        norm = nn.utils.clip_grad_norm_(self._masters, self._max_grad_norm)
-        _set_learning_rates(self.optimizer, learning_rates)
-        self.optimizer.step()
+        norm = float(nn.utils.clip_grad_norm_(self._masters, self._max_grad_norm))
+        if math.isfinite(norm):
+            _set_learning_rates(self.optimizer, learning_rates)
+            self.optimizer.step()
+            self.refresh()
         self.optimizer.zero_grad(set_to_none=True)
-        self.refresh()
-        return float(norm)
+        return norm
 
     @torch.no_grad()
     def refresh(self) -> None:

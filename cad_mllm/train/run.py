@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from cad_mllm.config import TrainConfig
 from cad_mllm.data.collate import SequenceSpec
@@ -18,15 +19,17 @@ from cad_mllm.data.order import num_steps
 from cad_mllm.data.sequence import needed_modalities
 from cad_mllm.errors import CheckpointError, ConfigError, PreflightError
 from cad_mllm.model.build import Built, build_model, lm_shape
+from cad_mllm.model.export import export_weights
 from cad_mllm.model.multimodal import parameter_groups
 from cad_mllm.settings import to_flat
-from cad_mllm.train import checkpoint
-from cad_mllm.train.checkpoint import Position
+from cad_mllm.train import checkpoint, restarts
+from cad_mllm.train.checkpoint import CheckpointState, Position
 from cad_mllm.train.distributed import World
 from cad_mllm.train.engine import Engine, PlainEngine, ZeroEngine
 from cad_mllm.train.provenance import provenance
 from cad_mllm.train.stages import Stage, plan
 from cad_mllm.train.tracking import RunTracker, Silent, Tracker
+from cad_mllm.train.writer import CheckpointWriter
 from cad_mllm.train.zero import ModelShape, OptimizerSettings, ZeroConfig, read_deepspeed_json, resolve
 
 _VALIDATION_SHARE = 8
@@ -47,10 +50,15 @@ class Run:
     validation: Index | None
     engine: Engine
     tracker: Tracker
+    writer: CheckpointWriter
     start: Position | None
     """Where the loaded checkpoint stands; None at a fresh start."""
-    identity: Mapping[str, object]
-    provenance: Mapping[str, object]
+    resumed_from: Path | None
+
+    @property
+    def newest_checkpoint(self) -> Path | None:
+        """The newest complete one: of this process, or the one that it began with."""
+        return self.writer.newest or self.resumed_from
 
     @property
     def global_batch(self) -> int:
@@ -74,6 +82,9 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
     _require_shared(output_dir, world)
     zero = _resolve_zero(config, world)
     resume = _find_checkpoint(config, world)
+    state = checkpoint.read_state(resume) if resume is not None else None
+    if config.run.resume_from_ckpt == "auto":
+        world.from_main(lambda: _count_start(config, state))
     sources = _sources(config, world)
     built = build_model(
         config.model,
@@ -94,9 +105,9 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
     reports = [_index(config, world, built, spec, stages, split, source) for split, source in sources.items()]
     indices = [load_index(report.path) for report in reports]
     identity = _identity(config, _global_batch(config, world), indices[0].fingerprint)
-    state = checkpoint.read_state(resume) if resume is not None else None
     if state is not None and resume is not None:
         _check_identity(resume, state.identity, identity)
+    passed_over = world.from_main(lambda: _set_aside(config, resume, state))
     engine = _engine(config, built, zero, world)
     if state is not None and resume is not None:
         checkpoint.load(resume, engine, state)
@@ -110,6 +121,8 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
         tracker.say(f"resumed from {resume}")
     elif config.run.resume_from_ckpt == "auto":
         tracker.say(f"no checkpoint in {output_dir} yet: starting from the beginning")
+    if passed_over is not None:
+        tracker.say(f"checkpoints that this run goes on without are now in {passed_over}")
     if len(indices) == 1:
         tracker.say("no validation data (--val_data_path): training loss only")
     elif len(used := eval_samples(len(indices[1]))) < len(indices[1]):
@@ -124,9 +137,9 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
         validation=indices[1] if len(indices) > 1 else None,
         engine=engine,
         tracker=tracker,
+        writer=_writer(config, built, engine, world, identity, zero, tracker),
         start=state.position if state is not None else None,
-        identity=identity,
-        provenance=provenance(world, zero.config if zero is not None else None),
+        resumed_from=resume,
     )
 
 
@@ -191,6 +204,62 @@ def _find_checkpoint(config: TrainConfig, world: World) -> Path | None:
     if wanted is None:
         return None
     return world.from_main(lambda: checkpoint.find(wanted, config.run.output_dir, _say_early))
+
+
+def _count_start(config: TrainConfig, state: CheckpointState | None) -> None:
+    done = state.position.global_step if state is not None else 0
+    limit = config.run.max_restarts_without_progress
+    restarts.count_start(config.run.output_dir, global_step=done, limit=limit)
+
+
+def _set_aside(config: TrainConfig, resume: Path | None, state: CheckpointState | None) -> Path | None:
+    """Move away the checkpoints behind the start of this run; where they are now.
+
+    At a fresh start these are all: a later `auto` would mistake them for this run's.
+    """
+    output_dir = config.run.output_dir
+    is_own = resume is not None and resume.resolve().parent == (output_dir / "checkpoints").resolve()
+    done = state.position.global_step if state is not None and is_own else -1
+    return checkpoint.set_aside(output_dir, after=done)
+
+
+def _writer(
+    config: TrainConfig,
+    built: Built,
+    engine: Engine,
+    world: World,
+    identity: Mapping[str, object],
+    zero: ZeroConfig | None,
+    tracker: Tracker,
+) -> CheckpointWriter:
+    sequence = {
+        "target_format": config.data.target_format,
+        "quantization_bits": config.data.quantization_bits,
+        "max_seq_length": config.data.max_seq_length,
+    }
+    origin = provenance(world, zero.config if zero is not None else None)
+
+    def describe(position: Position, steps_by_group: Mapping[str, int]) -> CheckpointState:
+        return CheckpointState(
+            position=position,
+            identity=identity,
+            config=to_flat(config),
+            provenance=origin,
+            steps_by_group=steps_by_group,
+        )
+
+    def export(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        export_weights(folder, built, config.model, sequence=sequence, tensors=tensors)
+
+    return CheckpointWriter(
+        engine,
+        world,
+        config.run.output_dir,
+        keep=config.run.keep_last_n_checkpoints,
+        describe=describe,
+        export=export,
+        say=tracker.say,
+    )
 
 
 def _sources(config: TrainConfig, world: World) -> dict[Split, Source]:

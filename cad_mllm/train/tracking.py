@@ -4,6 +4,7 @@ Ranks other than 0 get `Silent`, which does nothing, so that the fit loop never 
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -45,6 +46,11 @@ class StepMetrics:
     """Wall clock of the step on rank 0."""
     gpu_memory_gb: float | None
     """Peak allocated on rank 0's GPU since the start of the run."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the step updated the weights: loss and gradient were numbers."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 class Tracker(Protocol):
@@ -119,20 +125,27 @@ class RunTracker:
         self._stage_total, self._stage_done = total, done
 
     def log_step(self, metrics: StepMetrics) -> None:
-        """See `Tracker`; the file and the console get every `logging_steps`-th step and a stage's last."""
+        """See `Tracker`; the file and the console get every `logging_steps`-th step, those that were skipped,
+        and a stage's last."""
         assert self._task is not None
         self._stage_done += 1
         self._progress.advance(self._task)
         self._window_tokens += metrics.tokens
         self._window_seconds += metrics.seconds
-        if metrics.step % self._every and self._stage_done != self._stage_total:
+        if not metrics.is_finite:
+            self.say(
+                f"WARNING: step {metrics.step} is skipped: "
+                f"loss {metrics.loss}, gradient norm {metrics.grad_norm}"
+            )
+        elif metrics.step % self._every and self._stage_done != self._stage_total:
             return
         rate = self._window_tokens / max(self._window_seconds, 1e-9)
         record: dict[str, object] = {
             "step": metrics.step,
             "stage": metrics.stage,
-            "loss": metrics.loss,
-            "grad_norm": metrics.grad_norm,
+            # JSON has no word for a number that is not finite.
+            "loss": metrics.loss if metrics.is_finite else None,
+            "grad_norm": metrics.grad_norm if metrics.is_finite else None,
             "tokens_per_second": rate,
             "step_seconds": metrics.seconds,
             "gpu_memory_gb": metrics.gpu_memory_gb,

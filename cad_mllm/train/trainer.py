@@ -4,10 +4,7 @@ A run is stages of optimiser steps over one engine; where it stands is a `Positi
 step draws follows from (seed, stage, step), so a run that stops at any step goes on as if it had not.
 """
 
-import math
 import time
-from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,19 +15,20 @@ from cad_mllm.data.loader import Step, StepLoader, eval_batches
 from cad_mllm.data.order import stable_hash
 from cad_mllm.data.sequence import MODALITIES
 from cad_mllm.errors import ConfigError, ExitCode
-from cad_mllm.model.export import export_weights
 from cad_mllm.model.multimodal import logit_positions
-from cad_mllm.settings import to_flat
-from cad_mllm.train import checkpoint
-from cad_mllm.train.checkpoint import CheckpointState, Position
+from cad_mllm.train import restarts
+from cad_mllm.train.checkpoint import Position
 from cad_mllm.train.distributed import world
 from cad_mllm.train.engine import reset_groups
 from cad_mllm.train.run import Run, prepare_run
 from cad_mllm.train.stages import IMAGE_PROJECTOR, POINT_PROJECTOR, Stage, entering, learning_rates
 from cad_mllm.train.stop import StopSignal
 from cad_mllm.train.tracking import StepMetrics
+from cad_mllm.train.watchdog import Watchdog
 
 _PROJECTORS = frozenset({POINT_PROJECTOR, IMAGE_PROJECTOR})
+_MAX_SKIPPED_IN_A_ROW = 5
+"""More steps without a finite loss and gradient in a row are no accident."""
 _PROFILED_STEP = 1
 """Step of this process whose communication is measured (step 0 is warm-up)."""
 
@@ -41,47 +39,79 @@ def train(config: TrainConfig) -> ExitCode:
     Returns DONE, or STOPPED after SIGTERM or SIGINT with a checkpoint written.
 
     Raises:
-        ConfigError, DataError, CheckpointError: whatever the user can mend.
+        ConfigError, DataError, CheckpointError, PreflightError: whatever the user can mend.
     """
     with world(config.run) as ranks:
-        run = prepare_run(config, ranks)
         try:
-            with StopSignal() as stop:
-                return fit(run, stop)
-        finally:
-            run.tracker.close()
+            run = prepare_run(config, ranks)
+            try:
+                with StopSignal() as stop, _watchdog(run) as watchdog:
+                    code = fit(run, stop, watchdog)
+            finally:
+                run.tracker.close()
+        except Exception as error:
+            restarts.note_error(config.run.output_dir, ranks.rank, error)
+            raise
+        if ranks.is_main:
+            restarts.clear(config.run.output_dir)
+        return code
 
 
-def fit(run: Run, stop: StopSignal) -> ExitCode:
+def fit(run: Run, stop: StopSignal, watchdog: Watchdog) -> ExitCode:
     """Train the stages that are left; the whole of training in one screen."""
-    global_step = run.start.global_step if run.start is not None else 0
-    saved_step = global_step if run.start is not None else -1
+    at = run.start or Position(stage=run.stages[0].number, step=0, global_step=0, stage_complete=False)
+    sound = at  # where the weights were updated last
     for stage, previous, done in _remaining(run):
         total = run.total_steps(stage)
         run.tracker.start_stage(f"stage {stage.number} ({stage.name})", total, done)
         if done == 0:
             reset_groups(run.engine, entering(stage, previous))
         for step in _loader(run, stage, start_step=done):
-            metrics, stopping = _train_step(run, stage, step, total, global_step, stop)
-            global_step, done = global_step + 1, step.index + 1
-            run.tracker.log_step(metrics)
+            metrics, stopping = _train_step(run, stage, step, total, at.global_step, stop)
+            watchdog.beat()
+            complete = step.index + 1 == total
             at = Position(
-                stage=stage.number, step=done, global_step=global_step, stage_complete=done == total
+                stage=stage.number,
+                step=step.index + 1,
+                global_step=at.global_step + 1,
+                stage_complete=complete,
             )
-            if stopping or at.stage_complete or global_step % run.config.run.save_steps == 0:
-                _save(run, at)
-                saved_step = global_step
-            if stopping and not (at.stage_complete and stage is run.stages[-1]):
+            run.tracker.log_step(metrics)
+            sound = at if metrics.is_finite else _endure(run, metrics, sound)
+            if stopping or complete or (at.global_step % run.config.run.save_steps == 0 and sound is at):
+                run.writer.save(at)
+            if stopping and not (complete and stage is run.stages[-1]):
+                run.writer.finish()
                 run.tracker.say(
-                    f"stopped by a signal after step {global_step}; go on with --resume_from_ckpt auto"
+                    f"stopped by a signal after step {at.global_step}; go on with --resume_from_ckpt auto"
                 )
                 return ExitCode.STOPPED
-        _validate(run, stage, global_step)
-    run.tracker.say(
-        f"done: {global_step} steps, newest checkpoint "
-        f"{checkpoint.step_folder(run.config.run.output_dir, saved_step)}"
-    )
+        _validate(run, stage, at.global_step, watchdog)
+    run.writer.finish()
+    run.tracker.say(f"done: {at.global_step} steps, newest checkpoint {run.newest_checkpoint}")
     return ExitCode.DONE
+
+
+def _endure(run: Run, metrics: StepMetrics, sound: Position) -> Position:
+    """Let a skipped step pass, but not too many in a row: then the run ends with the state before them.
+
+    Raises:
+        ConfigError: the limit is reached.
+    """
+    if metrics.step - sound.global_step < _MAX_SKIPPED_IN_A_ROW:
+        return sound
+    run.writer.save(sound)
+    run.writer.finish()
+    raise ConfigError(
+        f"{_MAX_SKIPPED_IN_A_ROW} steps in a row had to be skipped; the last, step {metrics.step} of stage "
+        f"{metrics.stage}, had loss {metrics.loss} and gradient norm {metrics.grad_norm}. The state before "
+        f"them is saved: go on with --resume_from_ckpt auto and a lower --stage{metrics.stage}_lr or more "
+        f"--warmup_steps."
+    )
+
+
+def _watchdog(run: Run) -> Watchdog:
+    return Watchdog(run.config.run.hang_timeout_minutes * 60, run.config.run.output_dir, run.world.rank)
 
 
 def _remaining(run: Run) -> list[tuple[Stage, Stage | None, int]]:
@@ -137,19 +167,14 @@ def _train_step(
         if profiled and batch is step.micro_batches[-1]:  # measuring is slow: one micro-batch is enough
             run.engine.profile_communication(True)
         part = _forward(run, batch, stage.trains & _PROJECTORS) / step.supervised_tokens
-        run.engine.backward(part)
+        # A loss that is not finite can have gradients that are: made NaN, they tell all ranks to skip.
+        run.engine.backward(part * torch.where(part.detach().isfinite(), 1.0, torch.nan))
         loss += part.detach()
     norm = run.engine.step(rates)
     if profiled:
         run.engine.profile_communication(False)
     # One small reduction tells every rank the loss, and whether any of them was asked to stop.
     mean, stopping = run.world.sum(float(loss), float(stop.requested))
-    if not (math.isfinite(mean) and math.isfinite(norm)):
-        raise ConfigError(
-            f"step {global_step + 1} (stage {stage.number}): loss {mean}, gradient norm {norm}. "
-            f"Go back to a checkpoint with --resume_from_ckpt and a lower --stage{stage.number}_lr "
-            f"or more --warmup_steps."
-        )
     memory = (
         torch.cuda.max_memory_allocated(run.world.device) / 1e9 if run.world.device.type == "cuda" else None
     )
@@ -185,7 +210,7 @@ def _forward(run: Run, cpu_batch: Batch, trainable: frozenset[str]) -> Tensor:
 
 
 @torch.no_grad()
-def _validate(run: Run, stage: Stage, global_step: int) -> None:
+def _validate(run: Run, stage: Stage, global_step: int, watchdog: Watchdog) -> None:
     """Loss per supervised token on the validation data, for each modality mix of the stage."""
     if run.validation is None:
         return
@@ -207,35 +232,7 @@ def _validate(run: Run, stage: Stage, global_step: int) -> None:
         for batch in batches:
             loss += float(_forward(run, batch, frozenset()))
             tokens += batch.num_supervised
+            watchdog.beat()
         total_loss, total_tokens = run.world.sum(loss, float(tokens))
         losses[combo] = total_loss / total_tokens
     run.tracker.log_validation(step=global_step, stage=stage.number, losses=losses)
-
-
-def _save(run: Run, at: Position) -> None:
-    """Write a checkpoint (all ranks), then drop the ones that are no longer kept."""
-    config, built = run.config, run.built
-    sequence = {
-        "target_format": config.data.target_format,
-        "quantization_bits": config.data.quantization_bits,
-        "max_seq_length": config.data.max_seq_length,
-    }
-
-    def state(steps_by_group: Mapping[str, int]) -> CheckpointState:
-        return CheckpointState(
-            position=at,
-            identity=run.identity,
-            config=to_flat(config),
-            provenance=run.provenance,
-            steps_by_group=steps_by_group,
-        )
-
-    def export(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        export_weights(folder, built, config.model, sequence=sequence, tensors=tensors)
-
-    output_dir = config.run.output_dir
-    checkpoint.save(
-        checkpoint.step_folder(output_dir, at.global_step), run.engine, run.world, state=state, export=export
-    )
-    if run.world.is_main:
-        checkpoint.prune(output_dir, keep=config.run.keep_last_n_checkpoints)

@@ -97,6 +97,11 @@ def resolve(raw: JsonDict, config: TrainConfig, *, world_size: int, shape: Model
     )
     _settle(ds, "gradient_clipping", optim.max_grad_norm, "--max_grad_norm")
     _settle(_section(ds, "bf16"), "enabled", config.model.dtype == "bfloat16", "--dtype", parent="bf16.")
+    if _section(ds, "bf16").get("check_grad_overflow", True) is not True:
+        raise ConfigError(
+            "bf16.check_grad_overflow is off in the DeepSpeed JSON: a gradient that is not finite would "
+            "reach the weights. Remove it."
+        )
     if "fp16" in ds:
         _settle(_section(ds, "fp16"), "enabled", False, "--dtype (float16 is not supported)", parent="fp16.")
     zero = _section(ds, "zero_optimization")

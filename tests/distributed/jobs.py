@@ -3,15 +3,18 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from cad_mllm.errors import CadMllmError
 from cad_mllm.settings import parse_train_args
+from cad_mllm.train import trainer
 from cad_mllm.train.distributed import world
 from cad_mllm.train.run import prepare_run
 from cad_mllm.train.stop import StopSignal
 from cad_mllm.train.trainer import fit
+from cad_mllm.train.watchdog import Watchdog
 
 
 def train_all(runs: list[list[str]]) -> list[int]:
@@ -22,8 +25,42 @@ def train_all(runs: list[list[str]]) -> list[int]:
     with world(configs[0].run) as ranks:
         for config in configs:
             run = prepare_run(config, ranks)
-            with StopSignal() as stop:
-                codes.append(int(fit(run, stop)))
+            with StopSignal() as stop, Watchdog(600, config.run.output_dir, ranks.rank) as watchdog:
+                codes.append(int(fit(run, stop, watchdog)))
+            run.tracker.close()
+    return codes
+
+
+def train_with_nan(job: dict[str, Any]) -> list[int]:
+    """`train_all`, but on rank `rank` the loss of the given global steps (counted from 0) is NaN.
+
+    The answer is an exit code for each run, also of those that end with an error.
+    """
+    torch.set_num_threads(1)
+    forward, step_of = trainer._forward, trainer._train_step
+    current = 0
+
+    def train_step(run: Any, stage: Any, step: Any, total: int, global_step: int, stop: Any) -> Any:
+        nonlocal current
+        current = global_step
+        return step_of(run, stage, step, total, global_step, stop)
+
+    def poisoned(run: Any, batch: Any, trainable: Any) -> Any:
+        loss = forward(run, batch, trainable)
+        is_hit = run.world.rank == job["rank"] and current in job["steps"] and torch.is_grad_enabled()
+        return loss * torch.nan if is_hit else loss
+
+    trainer._forward, trainer._train_step = poisoned, train_step
+    configs = [parse_train_args(flags) for flags in job["runs"]]
+    codes = []
+    with world(configs[0].run) as ranks:
+        for config in configs:
+            run = prepare_run(config, ranks)
+            try:
+                with StopSignal() as stop, Watchdog(600, config.run.output_dir, ranks.rank) as watchdog:
+                    codes.append(int(fit(run, stop, watchdog)))
+            except CadMllmError as error:
+                codes.append(int(error.exit_code))
             run.tracker.close()
     return codes
 

@@ -1,11 +1,14 @@
 """A checkpoint is whole or not there; a damaged one is named, and a run never starts over in silence."""
 
 import json
+import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cad_mllm.errors import CheckpointError
@@ -13,7 +16,7 @@ from cad_mllm.train import checkpoint
 from cad_mllm.train.checkpoint import CheckpointState, Position, ShardReader, step_folder
 from cad_mllm.train.distributed import World
 from cad_mllm.train.engine import PlainEngine, reset_groups
-from cad_mllm.train.optim import Flat, Fragment
+from cad_mllm.train.writer import CheckpointWriter, Export
 from cad_mllm.train.zero import OptimizerSettings
 
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"), control=None)
@@ -38,19 +41,33 @@ def train_steps(engine: PlainEngine, steps: int) -> None:
         engine.step({"lm": 0.1})
 
 
+def describe(position: Position, steps_by_group: Mapping[str, int]) -> CheckpointState:
+    return CheckpointState(
+        position=position, identity={"--seed": 1}, config={}, provenance={}, steps_by_group=steps_by_group
+    )
+
+
+def export_names(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    (folder / "names.json").write_text(json.dumps(sorted(tensors)))
+
+
+def writer_of(
+    engine: PlainEngine, output_dir: Path, *, export: Export = export_names, keep: int = 0
+) -> CheckpointWriter:
+    return CheckpointWriter(
+        engine, ALONE, output_dir, keep=keep, describe=describe, export=export, say=lambda message: None
+    )
+
+
+def at_step(step: int, *, stage_complete: bool = False) -> Position:
+    return Position(stage=1, step=step, global_step=step, stage_complete=stage_complete)
+
+
 def save(engine: PlainEngine, output_dir: Path, step: int, *, stage_complete: bool = False) -> Path:
-    def state(steps_by_group: Mapping[str, int]) -> CheckpointState:
-        at = Position(stage=1, step=step, global_step=step, stage_complete=stage_complete)
-        return CheckpointState(
-            position=at, identity={"--seed": 1}, config={}, provenance={}, steps_by_group=steps_by_group
-        )
-
-    def export(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        (folder / "names.json").write_text(json.dumps(sorted(tensors)))
-
-    folder = step_folder(output_dir, step)
-    checkpoint.save(folder, engine, ALONE, state=state, export=export)
-    return folder
+    writer = writer_of(engine, output_dir)
+    writer.save(at_step(step, stage_complete=stage_complete))
+    writer.finish()
+    return step_folder(output_dir, step)
 
 
 def test_load_brings_back_weights_moments_and_position(tmp_path: Path) -> None:
@@ -76,11 +93,10 @@ def test_reading_does_not_depend_on_who_wrote_which_elements(tmp_path: Path) -> 
     folder.mkdir()
     whole = torch.arange(10.0)
     for rank, (start, end) in enumerate([(0, 6), (6, 10)]):
-        engine = small_engine()
-        flat = whole[start:end].clone()
-        piece = Fragment(name="w", numel=10, shape=(2, 5), start=start, offset=0, length=end - start)
-        engine.flats = (Flat(group="lm", master=flat, fragments=(piece,)),)
-        checkpoint._write_shard(folder / f"rank-{rank:05d}-of-00002.safetensors", engine)
+        piece = {"w": {"start": start, "numel": 10, "shape": [2, 5]}}
+        tensors = {f"{kind}/w": whole[start:end].clone() for kind in ("master", "exp_avg", "exp_avg_sq")}
+        path = folder / f"rank-{rank:05d}-of-00002.safetensors"
+        save_file(tensors, path, metadata={"fragments": json.dumps(piece)})
     reader = ShardReader(folder)
     assert torch.equal(reader.full("w"), whole.view(2, 5))
     assert torch.equal(reader.read("master", "w", 4, 4, 10), whole[4:8])
@@ -151,26 +167,82 @@ def test_an_output_folder_can_be_named_instead_of_a_checkpoint(tmp_path: Path) -
     assert checkpoint.find(str(tmp_path / "earlier"), tmp_path, print) == folder
 
 
-def test_a_save_that_was_killed_leaves_nothing_that_looks_like_a_checkpoint(tmp_path: Path) -> None:
-    class Killed(BaseException):
-        pass
+def test_a_write_that_fails_leaves_the_older_checkpoint_and_the_next_one_succeeds(tmp_path: Path) -> None:
+    full = True
 
     def export(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        raise Killed
+        if full:
+            raise OSError(28, "No space left on device")
+        export_names(folder, tensors)
 
-    kept = save(small_engine(), tmp_path, 1)
-    with pytest.raises(Killed):
-        checkpoint.save(step_folder(tmp_path, 2), small_engine(), ALONE, state=lambda s: None, export=export)  # type: ignore[arg-type, return-value]
-    assert checkpoint.find("auto", tmp_path, print) == kept
-    assert save(small_engine(), tmp_path, 2) == checkpoint.find("auto", tmp_path, print)
-
-
-def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
-    def export(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        raise OSError(28, "No space left on device")
-
+    older = save(small_engine(), tmp_path, 1)
+    said: list[str] = []
+    writer = writer_of(small_engine(), tmp_path, export=export)
+    writer._say = said.append
+    writer.save(at_step(2))
+    writer.save(at_step(3))  # tells of the one before, and tries again
+    assert len(said) == 1 and "No space left" in said[0] and "Training goes on" in said[0]
     with pytest.raises(CheckpointError, match=r"No space left.*untouched"):
-        checkpoint.save(step_folder(tmp_path, 1), small_engine(), ALONE, state=lambda s: None, export=export)  # type: ignore[arg-type, return-value]
+        writer.finish()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [older.name]
+    full = False
+    writer.save(at_step(4))
+    writer.finish()
+    assert checkpoint.find("auto", tmp_path, print) == step_folder(tmp_path, 4) == writer.newest
+
+
+def test_what_a_kill_left_behind_is_no_checkpoint_and_goes_with_the_next_save(tmp_path: Path) -> None:
+    kept = save(small_engine(), tmp_path, 1)
+    torn = kept.with_name(".tmp-step-00000002")
+    shutil.copytree(kept, torn)
+    assert checkpoint.find("auto", tmp_path, print) == kept
+    assert save(small_engine(), tmp_path, 3) == checkpoint.find("auto", tmp_path, print)
+    assert not torn.exists()
+
+
+def test_the_copy_is_of_the_moment_of_the_save_whatever_training_does_meanwhile(tmp_path: Path) -> None:
+    engine = small_engine()
+    reset_groups(engine, {"lm"})
+    train_steps(engine, 1)
+    expected = [p.detach().clone() for p in engine.module.parameters()]
+    may_write = threading.Event()
+
+    def export(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        assert may_write.wait(30)
+
+    writer = writer_of(engine, tmp_path, export=export)
+    writer.save(at_step(1))  # comes back although nothing is written yet
+    train_steps(engine, 3)
+    may_write.set()
+    writer.finish()
+    resumed = small_engine(seed=5)
+    checkpoint.load(step_folder(tmp_path, 1), resumed, checkpoint.read_state(step_folder(tmp_path, 1)))
+    assert all(torch.equal(p, e) for p, e in zip(resumed.module.parameters(), expected, strict=True))
+
+
+def test_a_whole_checkpoint_of_the_same_step_is_left_alone_and_a_damaged_one_replaced(tmp_path: Path) -> None:
+    folder = save(small_engine(), tmp_path, 1)
+    before = (folder / "COMPLETE").stat().st_ino
+    assert save(small_engine(), tmp_path, 1) == folder
+    assert (folder / "COMPLETE").stat().st_ino == before
+    damage_truncate(folder)
+    save(small_engine(), tmp_path, 1)
+    assert checkpoint.verify(folder) is None
+
+
+def test_checkpoints_behind_the_start_are_moved_away_not_deleted(tmp_path: Path) -> None:
+    """Or keep-last-N counts damaged ones as the newest, and removes the good ones."""
+    engine = small_engine()
+    for step in (1, 2, 3):
+        save(engine, tmp_path, step)
+    damage_truncate(step_folder(tmp_path, 3))
+    assert checkpoint.find("auto", tmp_path, print) == step_folder(tmp_path, 2)
+    aside = checkpoint.set_aside(tmp_path, after=2)
+    assert aside is not None and [path.name for path in aside.iterdir()] == [step_folder(tmp_path, 3).name]
+    assert checkpoint.set_aside(tmp_path, after=2) is None
+    again = checkpoint.set_aside(tmp_path, after=-1)  # a run that starts anew
+    assert again is not None and again != aside and len(list(again.iterdir())) == 2
+    assert checkpoint.find("auto", tmp_path, print) is None
 
 
 def test_the_newest_n_and_the_stage_ends_are_kept(tmp_path: Path) -> None:
