@@ -5,27 +5,18 @@ run was resumed. Workers read files and make CPU tensors; they touch no device.
 """
 
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from cad_mllm.data import order
-from cad_mllm.data.collate import Batch, Sample, collate, image_array, select_points
-from cad_mllm.data.files import load_image, load_points
+from cad_mllm.data.batches import SECONDS_PER_SAMPLE, BatchBuilder, Item, Loaded, Lost
+from cad_mllm.data.collate import Batch
 from cad_mllm.data.index import Index
-from cad_mllm.data.sequence import (
-    MODALITIES,
-    Combo,
-    Mix,
-    SequenceSpec,
-    TextTokenizer,
-    bos_ids,
-    pad_id,
-    prompt_ids,
-    target_ids,
-)
-from cad_mllm.errors import DataError
+from cad_mllm.data.sequence import MODALITIES, Combo, Mix, SequenceSpec, TextTokenizer
 
 EVAL_STAGE = 0
 """Draws of validation come from stage 0, epoch 0: the same points and views every time."""
@@ -44,93 +35,34 @@ class Step:
     """Passes over the data when the step is done."""
     micro_batches: list[Batch]
     """One per accumulation index."""
+    lost: tuple[Lost, ...]
+    """Samples of this rank that could not be read."""
     supervised_tokens: int
-    """Of the whole step over all ranks: what the loss is divided by."""
+    """Of the whole step over all ranks, those of lost samples counted."""
     tokens: int
     """Of the whole step over all ranks, padding not counted."""
 
 
-@dataclass(frozen=True)
-class _Item:
-    """One sample of a micro-batch, with everything drawn."""
+class _MicroBatches(Dataset[Loaded]):
+    """Map-style: micro-batch number -> Loaded. Picklable, for any way to start a process."""
 
-    number: int
-    epoch: int
-    combo: Combo
-    supervised: bool = True
-
-
-class _MicroBatches(Dataset[Batch | DataError]):
-    """Map-style: micro-batch number -> Batch. Picklable, so that it works with any way to start a process."""
-
-    def __init__(self, builder: "_BatchBuilder", items: "_StepItems | Sequence[Sequence[_Item]]") -> None:
+    def __init__(self, builder: "BatchBuilder", items: "_StepItems | Sequence[Sequence[Item]]") -> None:
         self._builder = builder
         self._items = items
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, number: int) -> Batch | DataError:
-        try:
-            return self._builder.build(self._items[number])
-        except DataError as error:
-            return (
-                error  # raised by the reader: a raise in here would bury the message in a worker's traceback
-            )
+    def __getitem__(self, number: int) -> Loaded:
+        return self._builder.build(self._items[number])
 
-
-class _BatchBuilder:
-    """Reads the files of some samples and collates them."""
-
-    def __init__(
-        self, index: Index, tokenizer: TextTokenizer, spec: SequenceSpec, seed: int, stage: int
-    ) -> None:
-        self._index = index
-        self._tokenizer = tokenizer
-        self._spec = spec
-        self._seed = seed
-        self._stage = stage
-        self._bos = bos_ids(tokenizer)
-        self._pad_id = pad_id(tokenizer)
-
-    def build(self, items: Sequence[_Item]) -> Batch:
-        return collate([self._sample(item) for item in items], self._spec, self._pad_id)
-
-    def _sample(self, item: _Item) -> Sample:
-        index = self._index
-        record = index.record(item.number)
-        draw = (self._seed, self._stage, item.epoch, record.id)
-        image = points = None
-        if "image" in MODALITIES[item.combo]:
-            assert index.source.images is not None and record.images, (
-                "the index was built for this combination"
-            )
-            view = record.images[order.draw_view(*draw, len(record.images))]
-            image = image_array(load_image(index.source.images / view), self._spec)
-        if "points" in MODALITIES[item.combo]:
-            assert index.source.points is not None and record.points, (
-                "the index was built for this combination"
-            )
-            points = select_points(load_points(index.source.points / record.points), self._spec, draw)
-        target = target_ids(self._tokenizer, [record.target])[0]
-        assert len(target) == record.num_target_tokens, "the index was built with this tokenizer"
-        return Sample(
-            id=record.id,
-            combo=item.combo,
-            bos=self._bos,
-            prompt=prompt_ids(self._tokenizer, [record.caption])[0],
-            target=target,
-            image_3HW=image,
-            points_PC=points,
-            supervised=item.supervised,
-        )
+    def without_samples(self, number: int, reason: str) -> Loaded:
+        """The micro-batch with all of its samples lost."""
+        return self._builder.build(self._items[number], all_lost=reason)
 
 
 class StepLoader:
-    """Iterates over the steps `start_step ... num_steps - 1` of a stage, for one rank.
-
-    Iterating raises DataError, naming the file, for one that became unreadable since the index was built.
-    """
+    """Iterates over the steps `start_step ... num_steps - 1` of a stage, for one rank."""
 
     def __init__(
         self,
@@ -149,6 +81,7 @@ class StepLoader:
         start_step: int,
         num_steps: int,
         pin_memory: bool = False,
+        seconds_per_sample: float = SECONDS_PER_SAMPLE,
     ) -> None:
         self._plan = _StepItems(
             ids=index.ids,
@@ -164,7 +97,7 @@ class StepLoader:
         )
         self._index = index
         self._spec = spec
-        builder = _BatchBuilder(index, tokenizer, spec, seed, stage)
+        builder = BatchBuilder(index, tokenizer, spec, seed, stage, seconds_per_sample)
         self._batches = _MicroBatches(builder, self._plan)
         self._num_workers = num_workers
         self._pin_memory = pin_memory
@@ -177,15 +110,17 @@ class StepLoader:
         batches = _prefetched(self._batches, self._num_workers, self._pin_memory)
         for step in range(plan.start_step, plan.num_steps):
             items = plan.of_step(step)
+            loaded = [next(batches) for _ in range(plan.accumulation)]
             yield Step(
                 index=step,
                 epoch=(step + 1) * len(items) / len(self._index),
-                micro_batches=[next(batches) for _ in range(plan.accumulation)],
+                micro_batches=[one.batch for one in loaded],
+                lost=tuple(lost for one in loaded for lost in one.lost),
                 supervised_tokens=sum(int(self._index.num_target_tokens[item.number]) for item in items),
                 tokens=sum(self._length(item) for item in items),
             )
 
-    def _length(self, item: _Item) -> int:
+    def _length(self, item: Item) -> int:
         text = self._index.num_prompt_tokens[item.number] + self._index.num_target_tokens[item.number]
         return int(text) + self._spec.modality_tokens(MODALITIES[item.combo])
 
@@ -208,7 +143,7 @@ class _StepItems:
     def __len__(self) -> int:
         return (self.num_steps - self.start_step) * self.accumulation
 
-    def __getitem__(self, number: int) -> Sequence[_Item]:
+    def __getitem__(self, number: int) -> Sequence[Item]:
         step, accumulated = divmod(number, self.accumulation)
         return order.rank_micro_batches(
             self.of_step(self.start_step + step),
@@ -218,12 +153,12 @@ class _StepItems:
             world_size=self.world_size,
         )[accumulated]
 
-    def of_step(self, step: int) -> list[_Item]:
+    def of_step(self, step: int) -> list[Item]:
         """All samples of a step, over all ranks."""
         global_batch = self.batch_size * self.accumulation * self.world_size
         samples = order.step_samples(len(self.ids), global_batch, self.seed, self.stage, step)
         return [
-            _Item(number, epoch, order.draw_combo(self.seed, self.stage, epoch, self.ids[number], self.mix))
+            Item(number, epoch, order.draw_combo(self.seed, self.stage, epoch, self.ids[number], self.mix))
             for number, epoch in samples
         ]
 
@@ -244,7 +179,7 @@ def eval_batches(
     rank: int,
     world_size: int,
     num_workers: int,
-) -> Iterator[Batch]:
+) -> Iterator[Loaded]:
     """One pass over a validation split with one modality combination; the same batches in every call.
 
     The samples are those of `eval_samples`.
@@ -253,27 +188,62 @@ def eval_batches(
     """
     chosen = eval_samples(len(index))
     starts = range(0, len(chosen), batch_size)
-    own: list[list[_Item]] = []
+    own: list[list[Item]] = []
     for first in range(0, len(starts), world_size):
         number = first + rank
         start = starts[min(number, len(starts) - 1)]
         numbers = chosen[start : start + batch_size]
-        own.append([_Item(n, 0, combo, supervised=number < len(starts)) for n in numbers])
-    batches = _MicroBatches(_BatchBuilder(index, tokenizer, spec, seed, EVAL_STAGE), own)
+        own.append([Item(n, 0, combo, supervised=number < len(starts)) for n in numbers])
+    batches = _MicroBatches(BatchBuilder(index, tokenizer, spec, seed, EVAL_STAGE, SECONDS_PER_SAMPLE), own)
     return _prefetched(batches, num_workers, pin_memory=False)
 
 
-def _prefetched(batches: _MicroBatches, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
-    """The batches in their order, made ahead by `num_workers` one-thread processes (0: in this process)."""
+def _prefetched(batches: _MicroBatches, num_workers: int, pin_memory: bool) -> Iterator[Loaded]:
+    """The batches in their order, made ahead by `num_workers` one-thread processes (0: in this process).
+
+    A worker that dies (out of memory, a bug in a decoder) is replaced; a micro-batch on which one dies again,
+    alone, is given up.
+    """
     if num_workers > 0:  # or the tokenizer's threads warn about every fork
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    loader: DataLoader[Batch | DataError] = DataLoader(
-        batches,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
+    position, died_at = 0, -1
+    while position < len(batches):
+        try:
+            for loaded in _iterate(batches, range(position, len(batches)), num_workers, pin_memory):
+                yield loaded
+                position += 1
+        except RuntimeError as error:
+            if not _is_death_of_a_worker(error):
+                raise
+            if died_at == position:
+                yield _alone(batches, position, pin_memory)
+                position += 1
+            died_at = position
+
+
+def _alone(batches: _MicroBatches, position: int, pin_memory: bool) -> Loaded:
+    """A micro-batch made by a worker of its own; without its samples if that dies."""
+    try:
+        return next(_iterate(batches, range(position, position + 1), 1, pin_memory))
+    except RuntimeError as error:
+        if not _is_death_of_a_worker(error):
+            raise
+        return batches.without_samples(position, f"a loader process died of it: {error}")
+
+
+def _iterate(batches: _MicroBatches, numbers: range, num_workers: int, pin_memory: bool) -> Iterator[Loaded]:
+    loader: DataLoader[Loaded] = DataLoader(
+        Subset(batches, numbers), batch_size=None, num_workers=num_workers, pin_memory=pin_memory
     )
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    handler = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        # torch's handler raises wherever the main thread happens to be, in the middle of a training step;
+        # without it a death is noticed where the next batch is asked for.
+        signal.signal(signal.SIGCHLD, handler)
+    yield from iterator
+
+
+def _is_death_of_a_worker(error: RuntimeError) -> bool:
+    """torch has no type for it: `DataLoader worker (pid(s) ...) exited unexpectedly`."""
+    return str(error).startswith("DataLoader worker (pid")

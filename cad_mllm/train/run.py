@@ -26,6 +26,7 @@ from cad_mllm.train import checkpoint, restarts
 from cad_mllm.train.checkpoint import CheckpointState, Position
 from cad_mllm.train.distributed import World
 from cad_mllm.train.engine import Engine, PlainEngine, ZeroEngine
+from cad_mllm.train.lost import LostSamples
 from cad_mllm.train.provenance import provenance
 from cad_mllm.train.stages import Stage, plan
 from cad_mllm.train.tracking import RunTracker, Silent, Tracker
@@ -51,6 +52,7 @@ class Run:
     engine: Engine
     tracker: Tracker
     writer: CheckpointWriter
+    lost_samples: LostSamples
     start: Position | None
     """Where the loaded checkpoint stands; None at a fresh start."""
     resumed_from: Path | None
@@ -138,6 +140,13 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
         engine=engine,
         tracker=tracker,
         writer=_writer(config, built, engine, world, identity, zero, tracker),
+        lost_samples=LostSamples(
+            world=world,
+            output_dir=output_dir,
+            num_samples=len(indices[0]),
+            max_fraction=config.data.max_skipped_fraction,
+            say=tracker.say,
+        ),
         start=state.position if state is not None else None,
         resumed_from=resume,
     )

@@ -162,11 +162,12 @@ def _train_step(
     rates = learning_rates(stage, run.config.optim, step.index, total)
     started_at = run.start.global_step if run.start is not None else 0
     profiled = global_step - started_at == _PROFILED_STEP
+    supervised_tokens = step.supervised_tokens - run.lost_samples.note(step.lost, "train")
     loss = torch.zeros((), device=run.world.device)
     for batch in step.micro_batches:
         if profiled and batch is step.micro_batches[-1]:  # measuring is slow: one micro-batch is enough
             run.engine.profile_communication(True)
-        part = _forward(run, batch, stage.trains & _PROJECTORS) / step.supervised_tokens
+        part = _forward(run, batch, stage.trains & _PROJECTORS) / max(1, supervised_tokens)
         # A loss that is not finite can have gradients that are: made NaN, they tell all ranks to skip.
         run.engine.backward(part * torch.where(part.detach().isfinite(), 1.0, torch.nan))
         loss += part.detach()
@@ -229,10 +230,11 @@ def _validate(run: Run, stage: Stage, global_step: int, watchdog: Watchdog) -> N
             world_size=run.world.size,
             num_workers=run.config.data.num_workers,
         )
-        for batch in batches:
-            loss += float(_forward(run, batch, frozenset()))
-            tokens += batch.num_supervised
+        for loaded in batches:
+            run.lost_samples.note(loaded.lost, "val")
+            loss += float(_forward(run, loaded.batch, frozenset()))
+            tokens += loaded.batch.num_supervised
             watchdog.beat()
         total_loss, total_tokens = run.world.sum(loss, float(tokens))
-        losses[combo] = total_loss / total_tokens
+        losses[combo] = total_loss / max(1.0, total_tokens)
     run.tracker.log_validation(step=global_step, stage=stage.number, losses=losses)

@@ -1,17 +1,21 @@
 """The steps of a stage: the same for any number of ranks and workers, from any start."""
 
+import os
 import pickle
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cad_mllm.data.batches import Loaded
 from cad_mllm.data.collate import Batch
+from cad_mllm.data.files import load_points
 from cad_mllm.data.index import Index, IndexReport, load_index
 from cad_mllm.data.loader import MAX_EVAL_SAMPLES, Step, StepLoader, eval_batches, eval_samples
 from cad_mllm.data.sequence import Mix, TextTokenizer
-from cad_mllm.errors import DataError
 
 from .conftest import SPEC, Folder
 
@@ -107,8 +111,25 @@ def test_batches_hold_what_their_combinations_say(loader: Callable[..., StepLoad
         assert len(batch.points_MPC) == sum("points" in combo for combo in batch.combos)
 
 
+def points_of(folder: Folder, tokenizer: TextTokenizer, index: Index, num_workers: int) -> list[Loaded]:
+    """One pass over four samples with their points, two micro-batches."""
+    return list(
+        eval_batches(
+            index,
+            tokenizer,
+            SPEC,
+            combo="text+points",
+            seed=1,
+            batch_size=2,
+            rank=0,
+            world_size=1,
+            num_workers=num_workers,
+        )
+    )
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_file_that_breaks_during_training_is_named(
+def test_a_file_that_breaks_during_training_is_lost_alone(
     num_workers: int,
     make_folder: Callable[..., Folder],
     build: Callable[..., IndexReport],
@@ -116,22 +137,41 @@ def test_a_file_that_breaks_during_training_is_named(
 ) -> None:
     folder = make_folder(4)
     index = load_index(build(folder).path)
+    whole = points_of(folder, tokenizer, index, 0)
     folder.file("pcd", 1).write_bytes(b"torn")
-    batches = eval_batches(
-        index,
-        tokenizer,
-        SPEC,
-        combo="text+points",
-        seed=1,
-        batch_size=2,
-        rank=0,
-        world_size=1,
-        num_workers=num_workers,
-    )
-    with pytest.raises(DataError) as error:
-        list(batches)
-    assert str(folder.file("pcd", 1)) in str(error.value)
-    assert "\n" not in str(error.value)
+    torn, other = points_of(folder, tokenizer, index, num_workers)
+    (lost,) = torn.lost
+    assert (lost.id, lost.file) == (folder.ids[1], str(folder.file("pcd", 1)))
+    assert "unreadable points" in lost.reason and "\n" not in lost.reason
+    assert torn.batch.sample_ids == whole[0].batch.sample_ids
+    assert torn.batch.combos == ("text+points", "text")
+    assert torn.batch.num_supervised == whole[0].batch.num_supervised - lost.num_target_tokens
+    assert same(other.batch, whole[1].batch) and not other.lost
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_worker_that_dies_of_a_sample_is_replaced_and_its_micro_batch_given_up(
+    num_workers: int,
+    make_folder: Callable[..., Folder],
+    build: Callable[..., IndexReport],
+    tokenizer: TextTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = make_folder(6)
+    index = load_index(build(folder).path)
+    whole = points_of(folder, tokenizer, index, 0)
+
+    def deadly(path: Path) -> object:
+        if path == folder.file("pcd", 2):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load_points(path)
+
+    monkeypatch.setattr("cad_mllm.data.batches.load_points", deadly)  # workers are forks of this process
+    first, second, third = points_of(folder, tokenizer, index, num_workers)
+    assert same(first.batch, whole[0].batch) and same(third.batch, whole[2].batch)
+    assert [lost.id for lost in second.lost] == list(folder.ids[2:4])
+    assert all("died" in lost.reason for lost in second.lost)
+    assert second.batch.num_supervised == 0
 
 
 @pytest.mark.parametrize("num_samples", [1, MAX_EVAL_SAMPLES, MAX_EVAL_SAMPLES + 1, 27_494, 10**6])
@@ -147,8 +187,9 @@ def test_validation_gives_every_rank_the_same_number_of_batches(
     world_size: int, batch_size: int, index: Index, tokenizer: TextTokenizer
 ) -> None:
     def batches(rank: int) -> list[Batch]:
-        return list(
-            eval_batches(
+        return [
+            loaded.batch
+            for loaded in eval_batches(
                 index,
                 tokenizer,
                 SPEC,
@@ -159,7 +200,7 @@ def test_validation_gives_every_rank_the_same_number_of_batches(
                 world_size=world_size,
                 num_workers=0,
             )
-        )
+        ]
 
     ranks = [batches(rank) for rank in range(world_size)]
     assert len({len(rank) for rank in ranks}) == 1

@@ -65,6 +65,22 @@ def train_with_nan(job: dict[str, Any]) -> list[int]:
     return codes
 
 
+def train_with_torn_files(job: dict[str, Any]) -> list[int]:
+    """`train_all` of one run; after the set-up, rank 0 damages files."""
+    torch.set_num_threads(1)
+    config = parse_train_args(job["flags"])
+    with world(config.run) as ranks:
+        run = prepare_run(config, ranks)
+        if ranks.is_main:
+            for file in job["torn"]:
+                Path(file).write_bytes(b"torn")
+        ranks.barrier()
+        with StopSignal() as stop, Watchdog(600, config.run.output_dir, ranks.rank) as watchdog:
+            code = fit(run, stop, watchdog)
+        run.tracker.close()
+    return [int(code)]
+
+
 def refused_in_own_folders(flags: list[str]) -> str:
     """Start a run whose output folder is another one on each rank; what it is refused with."""
     config = parse_train_args(flags)

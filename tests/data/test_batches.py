@@ -1,0 +1,56 @@
+"""What stands in for a sample that cannot be read, and how long reading may take."""
+
+import os
+import time
+from collections.abc import Callable
+
+import pytest
+
+from cad_mllm.data.batches import BatchBuilder, Item
+from cad_mllm.data.index import IndexReport, load_index
+from cad_mllm.data.sequence import TextTokenizer
+
+from .conftest import SPEC, Folder
+
+
+def builder_of(
+    folder: Folder, build: Callable[..., IndexReport], tokenizer: TextTokenizer, seconds: float
+) -> BatchBuilder:
+    return BatchBuilder(load_index(build(folder).path), tokenizer, SPEC, seed=1, stage=3, seconds=seconds)
+
+
+def test_a_mount_that_stalls_costs_the_time_limit_and_the_sample(
+    make_folder: Callable[..., Folder], build: Callable[..., IndexReport], tokenizer: TextTokenizer
+) -> None:
+    folder = make_folder(2)
+    builder = builder_of(folder, build, tokenizer, seconds=0.5)
+    folder.file("pcd", 0).unlink()
+    os.mkfifo(folder.file("pcd", 0))  # opening it for reading waits for ever
+    started = time.monotonic()
+    loaded = builder.build([Item(0, 0, "text+points"), Item(1, 0, "text+points")])
+    assert 0.5 <= time.monotonic() - started < 10
+    assert [(lost.id, lost.reason.partition(":")[0]) for lost in loaded.lost] == [(folder.ids[0], "stalled")]
+    assert loaded.batch.combos == ("text", "text+points")
+
+
+@pytest.mark.parametrize("combo", ["text", "text+points", "text+image"])
+def test_only_what_a_combination_needs_is_missed(
+    combo: str,
+    make_folder: Callable[..., Folder],
+    build: Callable[..., IndexReport],
+    tokenizer: TextTokenizer,
+) -> None:
+    folder = make_folder(1)
+    builder = builder_of(folder, build, tokenizer, seconds=30)
+    folder.file("pcd", 0).unlink()
+    loaded = builder.build([Item(0, 0, combo)])  # type: ignore[arg-type]
+    assert bool(loaded.lost) == (combo == "text+points")
+
+
+def test_a_sample_that_is_not_supervised_anyway_is_not_counted(
+    make_folder: Callable[..., Folder], build: Callable[..., IndexReport], tokenizer: TextTokenizer
+) -> None:
+    folder = make_folder(1)
+    builder = builder_of(folder, build, tokenizer, seconds=30)
+    folder.file("pcd", 0).unlink()
+    assert builder.build([Item(0, 0, "text+points", supervised=False)]).lost == ()
