@@ -7,11 +7,14 @@ SHELL := /bin/bash
 #   PYTHON=python3.12     the Python that .venv is made with (3.11 or 3.12)
 #   TORCH_INDEX=URL       another package index for torch alone, such as that of its CPU builds
 #   NUM_GPUS=4  ARGS=...  for `make train`
+#   IMAGE=  TAG=          the image's name; the one for the CPU is IMAGE:TAG-cpu
 PYTHON ?=
 TORCH_INDEX ?=
 NUM_GPUS ?= 4
 ARGS ?=
 export PYTHON
+IMAGE ?= cad-mllm
+TAG ?= latest
 
 # Nothing is cached outside the clone, unless the environment says where.
 CACHE := $(CURDIR)/.cache
@@ -37,10 +40,10 @@ COMPILE_OPS := from deepspeed.accelerator import get_accelerator; \
 UNLOCK := rm -f $(TORCH_EXTENSIONS_DIR)/*/lock
 ON_CPU := DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
 
-.PHONY: help demo test test-slow lint train clean
+.PHONY: help demo test test-slow lint train k8s-image clean
 
 help:  ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/installed  ## train all three stages on this machine and draw what was learned: outputs/demo/
 	@$(UNLOCK)
@@ -62,6 +65,14 @@ lint: .venv/installed  ## ruff (rules and format) and mypy
 train: .venv/installed  ## full training on NUM_GPUS GPUs; ARGS="--train_data_path ... --point_encoder ..."
 	.venv/bin/deepspeed --num_gpus=$(NUM_GPUS) cad_mllm/train_curriculum.py \
 	    --config configs/train/qwen3-8b-lora.yaml --output_dir outputs_curriculum_distributed $(ARGS)
+
+# One file for each variant of the image; every overlay uses one of them.
+SET_IMAGE = sed -i.old -E -e 's|^( *newName:).*|\1 $(IMAGE)|' -e 's|^( *newTag:).*|\1 "$(1)"|'
+k8s-image:  ## write IMAGE and TAG into the manifests in k8s/
+	@cd k8s/components && $(call SET_IMAGE,$(TAG)) image/kustomization.yaml \
+	    && $(call SET_IMAGE,$(TAG)-cpu) image-cpu/kustomization.yaml \
+	    && rm image/kustomization.yaml.old image-cpu/kustomization.yaml.old
+	@echo "k8s/ now uses $(IMAGE):$(TAG), and $(IMAGE):$(TAG)-cpu where there is no GPU"
 
 clean:  ## remove .venv and caches (outputs stay)
 	rm -rf .venv .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis cad_mllm.egg-info
