@@ -54,6 +54,7 @@ TOP_LEVEL = {
     "cad_mllm",
     "configs",
     "constraints.txt",
+    "k8s",
     "pyproject.toml",
     "tests",
 }

@@ -1,4 +1,4 @@
-"""Overlays, rendered by `kubectl kustomize` as `kubectl apply -k` would do it, and a way to look into them."""
+"""Overlays, rendered by `kubectl kustomize` as `kubectl apply -k` does it, and a way to look into them."""
 
 import copy
 import functools
@@ -78,29 +78,15 @@ def run_kustomize(folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def render_folder(folder: Path) -> list[Json]:
+    """The objects of an overlay anywhere; kustomize must have nothing to warn of."""
     done = run_kustomize(folder)
-    assert done.returncode == 0, done.stderr
-    assert "deprecated" not in done.stderr.lower(), done.stderr
-    objects = list(yaml.load(done.stdout, yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader))
-    return objects
-
-
-def parse(text: str) -> list[Json]:
-    loader = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
-    return list(yaml.load_all(text, loader))
-
-
-@functools.cache
-def _rendered(name: str) -> str:
-    done = run_kustomize(OVERLAYS / name)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+    return list(yaml.load_all(done.stdout, yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader))
 
 
 @functools.cache
 def _objects(name: str) -> list[Json]:
-    return parse(_rendered(name))
+    return render_folder(OVERLAYS / name)
 
 
 def render(name: str) -> list[Json]:
@@ -115,7 +101,7 @@ def of_kind(objects: list[Json], kind: str) -> Json:
 
 
 def job_of(objects: list[Json]) -> Json:
-    """The job among the objects: the one whose pods, or whose runtime's pods, do the work."""
+    """The job among the objects."""
     (found,) = (item for item in objects if item["kind"] in ("PyTorchJob", "MPIJob", "TrainJob", "Job"))
     return found
 
@@ -139,7 +125,17 @@ def pods_of(objects: list[Json]) -> list[Pod]:
     return pods
 
 
-_SUFFIXES = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_SUFFIXES = {
+    "": 1,
+    "m": 1e-3,
+    "k": 1e3,
+    "M": 1e6,
+    "G": 1e9,
+    "Ki": 2**10,
+    "Mi": 2**20,
+    "Gi": 2**30,
+    "Ti": 2**40,
+}
 
 
 def quantity(value: str | int) -> float:
@@ -163,7 +159,7 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def copy_project(target: Path) -> Path:
-    """What `kubectl kustomize` and `make k8s-image` need of the repository, in a folder that may be changed."""
+    """What `kubectl kustomize` and `make k8s-image` need of the repository, where it may be changed."""
     for name in ("k8s", "configs"):
         shutil.copytree(ROOT / name, target / name)
     shutil.copy(ROOT / "Makefile", target)

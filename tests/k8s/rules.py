@@ -1,4 +1,4 @@
-"""What a manifest must hold to, one rule a function: it takes the objects of an overlay and lists what is wrong.
+"""What a manifest must hold to. A rule takes the objects of an overlay and lists what is wrong with them.
 
 Sources: the operators' CRDs (tests/k8s/crds), their validating code (kubeflow/trainer v1.9.4 and v2.3,
 kubeflow/mpi-operator v0.8.2), the PodSecurity standard `restricted`, Kubernetes' own validation of what is
@@ -6,15 +6,16 @@ used here, and the contract between launcher, image and manifests.
 """
 
 import functools
+import ipaddress
 import json
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jsonschema
-import yaml
 
 from cad_mllm.errors import ConfigError
 from cad_mllm.settings import parse_train_args
@@ -293,7 +294,9 @@ def trainjob(objects: list[Json]) -> Iterator[str]:
                 yield "no ancestor label: the operator does not know which job trains"
             if one.get("replicas", 1) != 1:
                 yield "replicas of a replicated job must be 1"
-            if not any(c["name"] == "node" for c in one["template"]["spec"]["template"]["spec"]["containers"]):
+            if not any(
+                c["name"] == "node" for c in one["template"]["spec"]["template"]["spec"]["containers"]
+            ):
                 yield "no container is named node"
             codes = one["template"]["spec"].get("podFailurePolicy", {}).get("rules", [{}])[0]
             if codes.get("onExitCodes", {}).get("values") != list(range(1, 128)):
@@ -323,7 +326,11 @@ def _job_spec(spec: Json) -> Iterator[str]:
             yield "podFailurePolicy needs restartPolicy Never"
         codes = rule.get("onExitCodes", {})
         values = codes.get("values", [])
-        if values != sorted(set(values)) or len(values) > 255 or (codes.get("operator") == "In" and 0 in values):
+        if (
+            values != sorted(set(values))
+            or len(values) > 255
+            or (codes.get("operator") == "In" and 0 in values)
+        ):
             yield f"podFailurePolicy: bad exit codes {values}"
         if codes.get("containerName", next(iter(containers))) not in containers:
             yield f"podFailurePolicy names the unknown container {codes['containerName']}"
@@ -332,8 +339,9 @@ def _job_spec(spec: Json) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------- pods
 
 _ALLOWED_VOLUMES = {
-    "configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret",
-}  # fmt: skip
+    *("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected"),
+    "secret",
+}
 
 
 def restricted(objects: list[Json]) -> Iterator[str]:
@@ -448,7 +456,10 @@ def _mount_of(path: str | None, mounts: dict[str, Json]) -> Json | None:
     """The mount that a path lies on."""
     if path is None:
         return None
-    return next((mounts[str(up)] for up in [PurePosixPath(path), *PurePosixPath(path).parents] if str(up) in mounts), None)
+    return next(
+        (mounts[str(up)] for up in [PurePosixPath(path), *PurePosixPath(path).parents] if str(up) in mounts),
+        None,
+    )
 
 
 def resources(objects: list[Json]) -> Iterator[str]:
@@ -569,7 +580,12 @@ def launcher(objects: list[Json]) -> Iterator[str]:
         for name in pod.env:
             if name.startswith("CAD_MLLM_") and name not in LAUNCHER_VARIABLES:
                 yield f"{pod.role}: unknown variable {name}"
-            if name.startswith(("PET_", "OMPI_")) or name in ("RANK", "MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+            if name.startswith(("PET_", "OMPI_")) or name in (
+                "RANK",
+                "MASTER_ADDR",
+                "MASTER_PORT",
+                "WORLD_SIZE",
+            ):
                 yield f"{pod.role}: {name} is the operator's"
         labels = pod.template["metadata"]["labels"]
         if pod.env.get("CAD_MLLM_OVERLAY") != labels.get("app.kubernetes.io/instance"):
@@ -586,8 +602,6 @@ def launcher(objects: list[Json]) -> Iterator[str]:
 
 
 def _flags(pod: Pod, job_object: Json, maps: dict[str, Json]) -> Iterator[str]:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         arguments, local = list(pod.main.get("args", [])), Path(folder)
         for mount in pod.main["volumeMounts"]:
@@ -605,7 +619,9 @@ def _flags(pod: Pod, job_object: Json, maps: dict[str, Json]) -> Iterator[str]:
         except (ConfigError, SystemExit) as error:
             yield f"{pod.role}: {error}"
             return
-        if config.run.deepspeed_config is None or "/etc/cad-mllm/deepspeed/" not in str(config.run.deepspeed_config):
+        if config.run.deepspeed_config is None or "/etc/cad-mllm/deepspeed/" not in str(
+            config.run.deepspeed_config
+        ):
             yield f"{pod.role}: the DeepSpeed JSON is not the mounted one"
         if str(config.run.output_dir) != f"/outputs/{job_object['metadata']['name']}":
             yield f"{pod.role}: --output_dir {config.run.output_dir} is not /outputs/<job name>"
@@ -660,11 +676,15 @@ def _selects(selector: Json, labels: dict[str, str]) -> bool:
 
 
 def _lets_through(
-    rules: list[Json], side: str, port: int, *, protocol: str = "TCP", labels: dict[str, str] | None = None, address: str = ""
-) -> bool:  # fmt: skip
+    rules: list[Json],
+    side: str,
+    port: int,
+    *,
+    protocol: str = "TCP",
+    labels: dict[str, str] | None = None,
+    address: str = "",
+) -> bool:
     """Whether a rule admits this port of a pod of the namespace with `labels`, or of an address outside."""
-    import ipaddress
-
     for rule in rules:
         ports = rule.get("ports")
         if ports and not any(one["port"] == port and one.get("protocol", "TCP") == protocol for one in ports):
@@ -702,7 +722,7 @@ def disruption(objects: list[Json]) -> Iterator[str]:
 
 
 def placement(objects: list[Json]) -> Iterator[str]:
-    """Pods with GPUs tolerate the GPU nodes' taint, ask for no shared GPU, and attract their own kind only."""
+    """Pods with GPUs tolerate the taint of GPU nodes, take no shared GPU, attract pods of their own job."""
     for pod in pods_of(objects):
         affinity = pod.spec.get("affinity", {})
         tolerated = any(
@@ -720,7 +740,9 @@ def placement(objects: list[Json]) -> Iterator[str]:
             if expression["operator"] != "In" or any("SHARED" in value for value in expression["values"]):
                 yield f"{pod.role}: {expression} admits time-sliced GPUs"
         near = affinity.get("podAffinity", {})
-        wanted = [one["podAffinityTerm"] for one in near.get("preferredDuringSchedulingIgnoredDuringExecution", [])]
+        wanted = [
+            one["podAffinityTerm"] for one in near.get("preferredDuringSchedulingIgnoredDuringExecution", [])
+        ]
         for term in [*wanted, *near.get("requiredDuringSchedulingIgnoredDuringExecution", [])]:
             instance = term["labelSelector"]["matchLabels"].get("app.kubernetes.io/instance")
             own = pod.template["metadata"]["labels"]["app.kubernetes.io/instance"]

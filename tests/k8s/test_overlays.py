@@ -21,7 +21,7 @@ pytestmark = needs_kubectl
 
 
 def test_the_overlays_are_these() -> None:
-    assert NAMES == sorted([*JOBS, *STORAGE])
+    assert sorted([*JOBS, *STORAGE]) == NAMES
     assert len(TRAINING) == 12
 
 
@@ -65,7 +65,11 @@ def test_a_smoke_job_brings_its_own_volume(name: str) -> None:
         assert [term["topologyKey"] for term in required] == (
             ["kubernetes.io/hostname"] if name == "smoke-cpu" else []
         )
-        claims = [v["persistentVolumeClaim"]["claimName"] for v in pod.spec["volumes"] if "persistentVolumeClaim" in v]
+        claims = [
+            v["persistentVolumeClaim"]["claimName"]
+            for v in pod.spec["volumes"]
+            if "persistentVolumeClaim" in v
+        ]
         assert claims == [f"cad-mllm-outputs-{name}"]
 
 
@@ -82,7 +86,15 @@ def test_two_overlays_share_no_object_but_the_volumes() -> None:
 def test_every_rule_is_asked_of_something() -> None:
     """A rule that meets nothing of its kind would never complain."""
     kinds = {item["kind"] for name in JOBS for item in render(name)}
-    assert kinds >= {"PyTorchJob", "MPIJob", "TrainJob", "TrainingRuntime", "Job", "NetworkPolicy", "ConfigMap"}
+    assert kinds >= {
+        "PyTorchJob",
+        "MPIJob",
+        "TrainJob",
+        "TrainingRuntime",
+        "Job",
+        "NetworkPolicy",
+        "ConfigMap",
+    }
     assert len(RULES) == 16
 
 

@@ -131,13 +131,17 @@ def affinity(objects: list[Json]) -> Json:
 
 
 def gpu_expression(objects: list[Json]) -> Json:
-    terms = affinity(objects)["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    terms = affinity(objects)["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][
+        "nodeSelectorTerms"
+    ]
     one: Json = terms[0]["matchExpressions"][0]
     return one
 
 
 def near(objects: list[Json]) -> Json:
-    one: Json = affinity(objects)["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"][0]["podAffinityTerm"]
+    one: Json = affinity(objects)["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"][0][
+        "podAffinityTerm"
+    ]
     return one
 
 
@@ -157,17 +161,37 @@ BROKEN: list[tuple[str, str, Break, str]] = [
     ("schema", "zero3", put(spec("NetworkPolicy"), "podSelectors", {}), "was unexpected"),
     ("schema", "zero3", put(spec("PodDisruptionBudget"), "maxUnavailable", 0), "was unexpected"),
     ("schema", "zero3", put(first("ConfigMap"), "immutible", True), "unknown field immutible"),
-    ("schema", "zero3", put(first("PyTorchJob"), "apiVersion", "kubeflow.org/v1beta1"), "expected kubeflow.org/v1"),
+    (
+        "schema",
+        "zero3",
+        put(first("PyTorchJob"), "apiVersion", "kubeflow.org/v1beta1"),
+        "expected kubeflow.org/v1",
+    ),
     ("schema", "zero3", put(first("PyTorchJob"), "kind", "TorchJob"), "expected None"),
     ("names", "zero3", put(metadata("PyTorchJob"), "name", "3-cad"), "no DNS-1035"),
     ("names", "zero3", put(metadata("PyTorchJob"), "name", "c" * 54), "no DNS-1035"),
     ("names", "zero3", drop(metadata("NetworkPolicy"), "labels"), "different instances"),
-    ("names", "zero3", put(metadata("ConfigMap"), "labels", {"app.kubernetes.io/instance": "zero3"}), "is not cad-mllm"),
+    (
+        "names",
+        "zero3",
+        put(metadata("ConfigMap"), "labels", {"app.kubernetes.io/instance": "zero3"}),
+        "is not cad-mllm",
+    ),
     ("names", "zero3", setenv("CAD_MLLM_OVERLAY", "overlay"), "placeholder 'overlay'"),
     ("names", "zero3", lambda objects: objects.append(objects[0]), "2 times"),
-    ("names", "zero3", put(metadata("ConfigMap"), "annotations", {"config.kubernetes.io/local-config": "true"}), "local"),
+    (
+        "names",
+        "zero3",
+        put(metadata("ConfigMap"), "annotations", {"config.kubernetes.io/local-config": "true"}),
+        "local",
+    ),
     ("pytorchjob", "zero3", put(master, "replicas", 2), "Master.replicas must be 1"),
-    ("pytorchjob", "zero3", lambda o: spec("PyTorchJob")(o)["pytorchReplicaSpecs"]["Worker"].update(replicas=0), "leave"),
+    (
+        "pytorchjob",
+        "zero3",
+        lambda o: spec("PyTorchJob")(o)["pytorchReplicaSpecs"]["Worker"].update(replicas=0),
+        "leave",
+    ),
     ("pytorchjob", "zero3", put(spec("PyTorchJob"), "nprocPerNode", "four"), "nprocPerNode 'four'"),
     ("pytorchjob", "zero3-1x4", put(spec("PyTorchJob"), "elasticPolicy", {}), "needs Worker"),
     ("pytorchjob", "zero3", put(main, "name", "trainer"), "named pytorch"),
@@ -193,13 +217,33 @@ BROKEN: list[tuple[str, str, Break, str]] = [
     ("trainjob", "trainjob-zero2", put(metadata("TrainingRuntime"), "name", "other"), "runtimeRef"),
     ("trainjob", "trainjob-zero2", drop(spec("TrainJob"), "trainer"), "no PET_*"),
     ("trainjob", "trainjob-zero2", put(spec("TrainJob"), "trainer", {"numNodes": 2}), "numNodes"),
-    ("trainjob", "trainjob-zero2", put(spec("TrainingRuntime"), "mlPolicy", {"numNodes": 4}), "mlPolicy.torch"),
-    ("trainjob", "trainjob-zero2", lambda o: spec("TrainingRuntime")(o)["template"]["spec"].pop("failurePolicy"), "failurePolicy"),
+    (
+        "trainjob",
+        "trainjob-zero2",
+        put(spec("TrainingRuntime"), "mlPolicy", {"numNodes": 4}),
+        "mlPolicy.torch",
+    ),
+    (
+        "trainjob",
+        "trainjob-zero2",
+        lambda o: spec("TrainingRuntime")(o)["template"]["spec"].pop("failurePolicy"),
+        "failurePolicy",
+    ),
     ("trainjob", "trainjob-zero2", lambda o: node(o)["template"].pop("metadata"), "no ancestor label"),
     ("trainjob", "trainjob-zero2", put(node, "replicas", 4), "must be 1"),
     ("trainjob", "trainjob-zero2", put(main, "name", "trainer"), "named node"),
-    ("trainjob", "trainjob-zero2", put(failure_policy, "onExitCodes", {"operator": "In", "values": [1, 2]}), "1 to 127"),
-    ("trainjob", "trainjob-zero2", put(failure_policy, "onExitCodes", {"operator": "In", "values": [0, 2, 1]}), "bad exit codes"),
+    (
+        "trainjob",
+        "trainjob-zero2",
+        put(failure_policy, "onExitCodes", {"operator": "In", "values": [1, 2]}),
+        "1 to 127",
+    ),
+    (
+        "trainjob",
+        "trainjob-zero2",
+        put(failure_policy, "onExitCodes", {"operator": "In", "values": [0, 2, 1]}),
+        "bad exit codes",
+    ),
     ("trainjob", "trainjob-zero2", put(pod, "restartPolicy", "OnFailure"), "needs restartPolicy Never"),
     ("job", "prepare-data", drop(pod, "restartPolicy"), "must be Never or OnFailure"),
     ("job", "prepare-data", drop(spec("Job"), "completions"), "needs completions"),
@@ -209,7 +253,12 @@ BROKEN: list[tuple[str, str, Break, str]] = [
     ("restricted", "zero3", put(pod, "hostIPC", True), "hostIPC"),
     ("restricted", "zero3", put(pod, "hostPID", True), "hostPID"),
     ("restricted", "zero3", put(item("data", "volumes"), "hostPath", {"path": "/data"}), "of type hostPath"),
-    ("restricted", "zero3", put(pod_context, "sysctls", [{"name": "kernel.shm_rmid_forced", "value": "0"}]), "sysctls"),
+    (
+        "restricted",
+        "zero3",
+        put(pod_context, "sysctls", [{"name": "kernel.shm_rmid_forced", "value": "0"}]),
+        "sysctls",
+    ),
     ("restricted", "zero3", put(context, "privileged", True), "privileged"),
     ("restricted", "zero3", drop(context, "allowPrivilegeEscalation"), "allowPrivilegeEscalation"),
     ("restricted", "zero3", put(context, "capabilities", {"drop": ["NET_RAW"]}), "does not drop"),
@@ -223,7 +272,12 @@ BROKEN: list[tuple[str, str, Break, str]] = [
     ("restricted", "zero3", put(context, "appArmorProfile", {"type": "Unconfined"}), "AppArmor"),
     ("restricted", "zero3", put(context, "seLinuxOptions", {"user": "root"}), "SELinux"),
     ("restricted", "zero3", put(context, "windowsOptions", {"hostProcess": True}), "hostProcess"),
-    ("restricted", "prepare-model", lambda o: pod(o)["initContainers"][1].pop("securityContext"), "image-encoder"),
+    (
+        "restricted",
+        "prepare-model",
+        lambda o: pod(o)["initContainers"][1].pop("securityContext"),
+        "image-encoder",
+    ),
     ("least_privilege", "zero3", put(pod_context, "runAsUser", 1001), "runAsUser is not 1000"),
     ("least_privilege", "zero3", drop(pod_context, "fsGroup"), "fsGroup is not 1000"),
     ("least_privilege", "zero3", drop(pod, "automountServiceAccountToken"), "service account token"),
@@ -237,7 +291,12 @@ BROKEN: list[tuple[str, str, Break, str]] = [
     ("volumes", "zero3", setenv("HF_HOME", "/models"), "HF_HOME"),
     ("volumes", "zero3", lambda o: main(o)["env"].pop(0) and setenv("WANDB_DIR", "/outputs")(o), "WANDB_DIR"),
     ("volumes", "zero3", lambda o: main(o)["volumeMounts"].remove(item("/tmp", "volumeMounts")(o)), "/tmp"),
-    ("volumes", "zero3", lambda o: main(o)["volumeMounts"].remove(item("/data", "volumeMounts")(o)), "mounted nowhere"),
+    (
+        "volumes",
+        "zero3",
+        lambda o: main(o)["volumeMounts"].remove(item("/data", "volumeMounts")(o)),
+        "mounted nowhere",
+    ),
     ("volumes", "zero3", put(item("scratch", "volumes"), "emptyDir", {}), "has no size"),
     ("volumes", "zero3", drop(item("/data", "volumeMounts"), "readOnly"), "/data is writable"),
     ("volumes", "zero3", put(item("/outputs", "volumeMounts"), "readOnly", True), "/outputs is not writable"),
@@ -246,23 +305,63 @@ BROKEN: list[tuple[str, str, Break, str]] = [
     ("resources", "zero3", drop(limits("limits"), "cpu"), "no limits of cpu"),
     ("resources", "zero3", put(limits("limits"), "memory", "64Gi"), "overcommitted"),
     ("resources", "zero3", put(limits("limits"), "nvidia.com/gpu", 2), "GPU requests and limits differ"),
-    ("resources", "zero3", put(item("scratch", "volumes"), "emptyDir", {"sizeLimit": "9Gi"}), "does not cover the emptyDirs"),
-    ("resources", "zero3", put(item("shm", "volumes"), "emptyDir", {"medium": "Memory", "sizeLimit": "28Gi"}), "does not cover /dev/shm"),
+    (
+        "resources",
+        "zero3",
+        put(item("scratch", "volumes"), "emptyDir", {"sizeLimit": "9Gi"}),
+        "does not cover the emptyDirs",
+    ),
+    (
+        "resources",
+        "zero3",
+        put(item("shm", "volumes"), "emptyDir", {"medium": "Memory", "sizeLimit": "28Gi"}),
+        "does not cover /dev/shm",
+    ),
     ("resources", "zero3", setenv("CAD_MLLM_MIN_SHM_GB", "3"), "CAD_MLLM_MIN_SHM_GB 3"),
     ("resources", "zero3", setenv("CAD_MLLM_WORLD_SIZE", "8"), "of 4 ranks"),
     ("resources", "zero3", put(spec("PyTorchJob"), "nprocPerNode", "2"), "1 GPUs for 2 processes"),
     ("resources", "mpi-zero3", put(spec("MPIJob"), "slotsPerWorker", 4), "of 16 ranks"),
-    ("references", "zero3", lambda o: item("train-config", "volumes")(o)["configMap"].update(name="train"), "not among the objects"),
-    ("references", "zero3", lambda o: item("train-config", "volumes")(o)["configMap"]["items"][0].update(key="big.yaml"), "no key big.yaml"),
+    (
+        "references",
+        "zero3",
+        lambda o: item("train-config", "volumes")(o)["configMap"].update(name="train"),
+        "not among the objects",
+    ),
+    (
+        "references",
+        "zero3",
+        lambda o: item("train-config", "volumes")(o)["configMap"]["items"][0].update(key="big.yaml"),
+        "no key big.yaml",
+    ),
     ("references", "zero3", put(claims, "claimName", "data"), "unknown claim data"),
-    ("references", "smoke", lambda o: item("outputs", "volumes")(o)["persistentVolumeClaim"].update(claimName="cad-mllm-outputs"), "of its own"),
+    (
+        "references",
+        "smoke",
+        lambda o: item("outputs", "volumes")(o)["persistentVolumeClaim"].update(claimName="cad-mllm-outputs"),
+        "of its own",
+    ),
     ("references", "zero3", put(secret, "name", "wandb"), "unknown Secret wandb"),
     ("references", "zero3", drop(secret, "optional"), "is not optional"),
-    ("references", "zero3", lambda o: pod(o)["volumes"].append({"name": "s", "secret": {"secretName": "s"}}), "not mounted"),
-    ("references", "zero3", lambda o: o.append({"kind": "ConfigMap", "metadata": {"name": "x"}, "data": {}}), "used by nothing"),
+    (
+        "references",
+        "zero3",
+        lambda o: pod(o)["volumes"].append({"name": "s", "secret": {"secretName": "s"}}),
+        "not mounted",
+    ),
+    (
+        "references",
+        "zero3",
+        lambda o: o.append({"kind": "ConfigMap", "metadata": {"name": "x"}, "data": {}}),
+        "used by nothing",
+    ),
     ("stopping", "zero3", put(pod, "terminationGracePeriodSeconds", 240), "not below the pod's grace"),
     ("stopping", "zero3", drop(pod, "terminationGracePeriodSeconds"), "not below the pod's grace"),
-    ("stopping", "zero3", lambda o: main(o)["env"].remove(item("CAD_MLLM_GRACE_SECONDS", "env")(o)), "GRACE_SECONDS 0"),
+    (
+        "stopping",
+        "zero3",
+        lambda o: main(o)["env"].remove(item("CAD_MLLM_GRACE_SECONDS", "env")(o)),
+        "GRACE_SECONDS 0",
+    ),
     ("launcher", "zero3", setenv("CAD_MLLM_WORLDSIZE", "4"), "unknown variable"),
     ("launcher", "zero3", setenv("PET_NNODES", "4"), "is the operator's"),
     ("launcher", "zero3", setenv("WORLD_SIZE", "4"), "is the operator's"),
@@ -271,8 +370,18 @@ BROKEN: list[tuple[str, str, Break, str]] = [
     ("launcher", "zero3", put(main, "command", ["python"]), "replaces the launcher"),
     ("launcher", "mpi-zero3", put(sshd, "args", ["--help"]), "takes no training flags"),
     ("launcher", "zero3", put(main, "args", ["--deepspeedo"]), "unknown flag --deepspeedo"),
-    ("launcher", "zero3", flag("--deepspeed_config", "/etc/cad-mllm/deepspeed/ds_zero1.json"), "no such file"),
-    ("launcher", "zero3", flag("--deepspeed_config", "configs/deepspeed/ds_zero3_config.json"), "not the mounted one"),
+    (
+        "launcher",
+        "zero3",
+        flag("--deepspeed_config", "/etc/cad-mllm/deepspeed/ds_zero1.json"),
+        "no such file",
+    ),
+    (
+        "launcher",
+        "zero3",
+        flag("--deepspeed_config", "configs/deepspeed/ds_zero3_config.json"),
+        "not the mounted one",
+    ),
     ("launcher", "zero3", flag("--config", "/etc/cad-mllm/train/other.yaml"), "no such file"),
     ("launcher", "zero3", flag("--output_dir", "/outputs/cad-mllm"), "is not /outputs/<job name>"),
     ("launcher", "zero3", flag("--resume_from_ckpt", None), "begin anew"),
@@ -281,23 +390,53 @@ BROKEN: list[tuple[str, str, Break, str]] = [
     ("network", "zero3", lambda o: o.remove(first("NetworkPolicy")(o)), "no NetworkPolicy"),
     ("network", "zero3", put(spec("NetworkPolicy"), "policyTypes", ["Ingress"]), "both directions"),
     ("network", "zero3", put(spec("NetworkPolicy"), "podSelector", {}), "covers other jobs too"),
-    ("network", "zero3", put(spec("NetworkPolicy"), "podSelector", {"matchLabels": {"a": "b"}}), "not covered"),
-    ("network", "mpi-zero3", lambda o: spec("NetworkPolicy")(o)["ingress"][0].update(ports=[{"port": 29500}]), "2222 from"),
-    ("network", "zero3", lambda o: spec("NetworkPolicy")(o)["egress"].pop(0), "to the job's own pods is shut"),
+    (
+        "network",
+        "zero3",
+        put(spec("NetworkPolicy"), "podSelector", {"matchLabels": {"a": "b"}}),
+        "not covered",
+    ),
+    (
+        "network",
+        "mpi-zero3",
+        lambda o: spec("NetworkPolicy")(o)["ingress"][0].update(ports=[{"port": 29500}]),
+        "2222 from",
+    ),
+    (
+        "network",
+        "zero3",
+        lambda o: spec("NetworkPolicy")(o)["egress"].pop(0),
+        "to the job's own pods is shut",
+    ),
     ("network", "zero3", lambda o: spec("NetworkPolicy")(o)["egress"].pop(1), "DNS is shut"),
     ("network", "zero3", lambda o: spec("NetworkPolicy")(o)["egress"].pop(2), "tracking is shut"),
     ("network", "zero3", put(spec("NetworkPolicy"), "ingress", [{}]), "open to other pods"),
-    ("network", "zero3", lambda o: spec("NetworkPolicy")(o)["egress"][2]["to"][0]["ipBlock"].pop("except"), "metadata service"),
+    (
+        "network",
+        "zero3",
+        lambda o: spec("NetworkPolicy")(o)["egress"][2]["to"][0]["ipBlock"].pop("except"),
+        "metadata service",
+    ),
     ("network", "zero3", put(spec("NetworkPolicy"), "egress", [{}]), "other ports of other hosts"),
     ("disruption", "zero3", lambda o: o.remove(first("PodDisruptionBudget")(o)), "no PodDisruptionBudget"),
     ("disruption", "mpi-zero3", put(spec("PodDisruptionBudget"), "minAvailable", 4), "4 of 5 pods"),
-    ("disruption", "zero3", put(spec("PodDisruptionBudget"), "selector", {"matchLabels": {"a": "b"}}), "not covered"),
-    ("disruption", "zero3", put(spec("PodDisruptionBudget"), "selector", {"matchLabels": {}}), "other jobs too"),
+    (
+        "disruption",
+        "zero3",
+        put(spec("PodDisruptionBudget"), "selector", {"matchLabels": {"a": "b"}}),
+        "not covered",
+    ),
+    (
+        "disruption",
+        "zero3",
+        put(spec("PodDisruptionBudget"), "selector", {"matchLabels": {}}),
+        "other jobs too",
+    ),
     ("placement", "zero3", drop(pod, "tolerations"), "does not tolerate"),
     ("placement", "zero3", put(gpu_expression, "values", ["NVIDIA-L40", "NVIDIA-L40-SHARED"]), "time-sliced"),
     ("placement", "zero3", put(gpu_expression, "operator", "NotIn"), "time-sliced"),
     ("placement", "zero3", drop(near, "matchLabelKeys"), "other jobs"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
