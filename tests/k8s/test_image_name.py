@@ -54,3 +54,8 @@ def test_it_can_be_said_again_and_differently(tmp_path: Path) -> None:
     assert contents(project) == once != before
     name_image(project)
     assert contents(project) == before, "the defaults are what is in the repository"
+
+
+def test_make_alone_lists_it(tmp_path: Path) -> None:
+    listed = subprocess.run(["make"], cwd=copy_project(tmp_path), capture_output=True, text=True, check=True)
+    assert "\n  make k8s-image  " in listed.stdout
