@@ -5,25 +5,22 @@ kubeflow/mpi-operator v0.8.2), the PodSecurity standard `restricted`, Kubernetes
 used here, and the contract between launcher, image and manifests.
 """
 
-import functools
 import ipaddress
-import json
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import jsonschema
 
 from cad_mllm.errors import ConfigError
 from cad_mllm.settings import parse_train_args
 from tests.k8s.manifests import Json, Pod, job_of, leaves, pods_of, quantity
+from tests.k8s.schemas import TEXTS, schemas
 
 Rule = Callable[[list[Json]], Iterator[str]]
 
-CRDS = Path(__file__).with_name("crds")
 KNOWN_CLAIMS = {"cad-mllm-data", "cad-mllm-models", "cad-mllm-outputs"}
 KNOWN_SECRETS = {"cad-mllm-wandb": "api-key", "cad-mllm-huggingface": "token"}
 LAUNCHER_VARIABLES = {
@@ -46,97 +43,6 @@ WRITTEN = (  # the variables that say where libraries write
     "TRITON_CACHE_DIR",
 )
 WRITTEN_BY_TRAINERS = (*WRITTEN, "WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR")
-
-
-# ------------------------------------------------------------------------------------------------- schemas
-
-
-def _strict(schema: Any) -> Any:
-    """A structural OpenAPI schema as a JSON schema that refuses unknown fields."""
-    if isinstance(schema, list):
-        return [_strict(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    strict = {key: _strict(value) for key, value in schema.items() if key != "properties"}
-    if "properties" in schema:
-        strict["properties"] = {name: _strict(one) for name, one in schema["properties"].items()}
-    if schema.get("x-kubernetes-int-or-string"):
-        strict["anyOf"] = [{"type": "integer"}, {"type": "string"}]
-    elif "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
-        strict.setdefault("additionalProperties", False)
-    return strict
-
-
-@functools.cache
-def _crd(name: str) -> Json:
-    (version,) = json.loads((CRDS / f"{name}.json").read_text())["spec"]["versions"]
-    schema: Json = version["schema"]["openAPIV3Schema"]
-    return schema
-
-
-def _object(**properties: Any) -> Json:
-    return {"type": "object", "properties": properties, "additionalProperties": False}
-
-
-_TEXT: Json = {"type": "string"}
-_TEXTS: Json = {"type": "object", "additionalProperties": _TEXT}
-_SELECTOR = _object(matchLabels=_TEXTS)
-_PORTS: Json = {
-    "type": "array",
-    "items": _object(
-        protocol={"enum": ["TCP", "UDP"]}, port={"type": "integer", "minimum": 1, "maximum": 65535}
-    ),
-}
-_PEERS: Json = {
-    "type": "array",
-    "minItems": 1,
-    "items": _object(
-        podSelector=_SELECTOR, ipBlock=_object(cidr=_TEXT, **{"except": {"type": "array", "items": _TEXT}})
-    ),
-}
-
-
-@functools.cache
-def _schemas() -> dict[str, Json]:
-    """kind -> the schema of its spec (of the whole object without metadata for a ConfigMap)."""
-    runtime = _strict(_crd("trainer.kubeflow.org_trainingruntimes")["properties"]["spec"])
-    job = runtime["properties"]["template"]["properties"]["spec"]["properties"]["replicatedJobs"]["items"][
-        "properties"
-    ]["template"]["properties"]["spec"]
-    volume = job["properties"]["template"]["properties"]["spec"]["properties"]["volumes"]["items"]
-    claim = volume["properties"]["ephemeral"]["properties"]["volumeClaimTemplate"]["properties"]["spec"]
-    return {
-        "PyTorchJob": _strict(_crd("kubeflow.org_pytorchjobs")["properties"]["spec"]),
-        "MPIJob": _strict(_crd("kubeflow.org_mpijobs")["properties"]["spec"]),
-        "TrainJob": _strict(_crd("trainer.kubeflow.org_trainjobs")["properties"]["spec"]),
-        "TrainingRuntime": runtime,
-        # The same types of Kubernetes, as the CRD of the runtime holds them.
-        "Job": job,
-        "PersistentVolumeClaim": claim,
-        "NetworkPolicy": _object(
-            podSelector=_SELECTOR,
-            policyTypes={"type": "array", "items": {"enum": ["Ingress", "Egress"]}},
-            ingress={"type": "array", "items": _object(**{"from": _PEERS, "ports": _PORTS})},
-            egress={"type": "array", "items": _object(to=_PEERS, ports=_PORTS)},
-        ),
-        "PodDisruptionBudget": _object(minAvailable={"type": "integer", "minimum": 1}, selector=_SELECTOR),
-        "PrometheusRule": _object(
-            groups={
-                "type": "array",
-                "items": _object(
-                    name=_TEXT,
-                    rules={
-                        "type": "array",
-                        "items": _object(
-                            **{"alert": _TEXT, "expr": _TEXT, "for": _TEXT},
-                            labels=_TEXTS,
-                            annotations=_TEXTS,
-                        ),
-                    },
-                ),
-            }
-        ),
-    }
 
 
 API_VERSIONS = {
@@ -163,7 +69,7 @@ def schema(objects: list[Json]) -> Iterator[str]:
         body = "data" if kind == "ConfigMap" else "spec"
         for key in set(item) - {"apiVersion", "kind", "metadata", body}:
             yield f"{kind}: unknown field {key}"
-        wanted = _TEXTS if kind == "ConfigMap" else _schemas()[kind]
+        wanted = TEXTS if kind == "ConfigMap" else schemas()[kind]
         for error in jsonschema.Draft202012Validator(wanted).iter_errors(item[body]):
             yield f"{kind}: {error.json_path.replace('$', body)}: {error.message[:200]}"
 

@@ -1,4 +1,4 @@
-"""What we change of the training operator's own manifests, on a stand-in for them: they are fetched with git."""
+"""What we change of the training operator, on a stand-in for its manifests: kubectl fetches them with git."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,11 @@ from tests.k8s.rules import RULES
 pytestmark = needs_kubectl
 
 FOLDER = ROOT / "k8s/operators/training-operator"
-CRD = "apiVersion: apiextensions.k8s.io/v1\nkind: CustomResourceDefinition\nmetadata: {{name: {}.kubeflow.org}}\n"
+CRD = """\
+apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata: {{name: {}.kubeflow.org}}
+"""
 # As in kubeflow/trainer v1.9, manifests/base: names, and what the patches touch.
 DEPLOYMENT = """\
 apiVersion: apps/v1
