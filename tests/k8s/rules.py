@@ -183,6 +183,8 @@ def trainjob(objects: list[Json]) -> Iterator[str]:
         if reference.get("kind") != "TrainingRuntime" or reference.get("name") not in runtimes:
             yield f"runtimeRef {reference} is not among the objects"
             continue
+        if objects.index(item) < objects.index(runtimes[reference["name"]]):
+            yield "the runtime must be created before the job"
         runtime = runtimes[reference["name"]]["spec"]
         if not item["spec"].get("trainer"):
             yield "without spec.trainer no PET_* variables are injected"
@@ -194,6 +196,9 @@ def trainjob(objects: list[Json]) -> Iterator[str]:
         template = runtime_object["spec"]["template"]["spec"]
         if "PodFailurePolicy" not in str(template.get("failurePolicy")):
             yield "failurePolicy has no rule for codes that no retry mends"
+        for rule in template.get("failurePolicy", {}).get("rules", []):
+            if not re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"]):
+                yield f"JobSet takes no rule of the name {rule['name']}"
         for one in template["replicatedJobs"]:
             labels = one["template"].get("metadata", {}).get("labels", {})
             if labels.get("trainer.kubeflow.org/trainjob-ancestor-step") != "trainer":

@@ -120,6 +120,11 @@ def run_policy(kind: str) -> Callable[[list[Json]], Json]:
     return lambda objects: spec(kind)(objects)["runPolicy"]
 
 
+def failure_rule(objects: list[Json]) -> Json:
+    one: Json = spec("TrainingRuntime")(objects)["template"]["spec"]["failurePolicy"]["rules"][0]
+    return one
+
+
 def failure_policy(objects: list[Json]) -> Json:
     rule: Json = node(objects)["template"]["spec"]["podFailurePolicy"]["rules"][0]
     return rule
@@ -216,6 +221,8 @@ BROKEN: list[tuple[str, str, Break, str]] = [
     ("mpijob", "mpi-zero2", drop(spec("MPIJob"), "launcherCreationPolicy"), "WaitForWorkersReady"),
     ("trainjob", "trainjob-zero2", put(metadata("TrainingRuntime"), "name", "other"), "runtimeRef"),
     ("trainjob", "trainjob-zero2", drop(spec("TrainJob"), "trainer"), "no PET_*"),
+    ("trainjob", "trainjob-zero2", lambda o: o.reverse(), "created before the job"),
+    ("trainjob", "trainjob-zero2", put(failure_rule, "name", "no-retry"), "of the name no-retry"),
     ("trainjob", "trainjob-zero2", put(spec("TrainJob"), "trainer", {"numNodes": 2}), "numNodes"),
     (
         "trainjob",
