@@ -1,9 +1,13 @@
 """The one way in which tests start ranks: processes with a launcher's environment, gloo, a time limit.
 
-As a script this file is one rank: it loads a module by its path, calls one of its functions with a JSON
-payload, and writes what comes back as JSON.
+Ranks are forks of one process (the nursery) that has imported the heavy libraries already: the import takes
+longer than most of these tests. As a script this file is the nursery: it reads requests, forks ranks that
+call a function of a module given by its path with a JSON payload, and says how they ended.
 """
 
+import atexit
+import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -13,10 +17,16 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+_HEAVY = ("torch", "transformers", "peft", "deepspeed", "cad_mllm.train.trainer")
 
 
 def free_port() -> int:
@@ -30,8 +40,6 @@ def free_port() -> int:
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     """What a launcher sets for one rank on this machine."""
     return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(world_size),
@@ -41,69 +49,160 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True)
+class Ranks:
+    """Ranks that run."""
+
+    pids: list[int]
+    logs: list[Path]
+    results: list[Path]
+
+    def wait(self, seconds: float) -> list[int | None]:
+        """Until all have ended, one has failed, or the time is up; then the rest is killed.
+
+        Exit codes by rank: minus the signal of one that was killed, None for one that had to be ended here.
+        """
+        return list(_nursery().ask({"wait": self.pids, "seconds": seconds}))
+
+    def output(self) -> str:
+        """What the ranks have printed."""
+        return "\n".join(f"--- rank {r}\n{log.read_text()[-4000:]}" for r, log in enumerate(self.logs))
+
+
+@contextmanager
+def start_ranks(module: Path, function: str, payload: Any, *, world_size: int) -> Iterator[Ranks]:
+    """Start `function(payload)` of the module at a path on every rank; leaves no process behind."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as scratch:
+        ranks = [
+            {
+                "environment": rank_environment(rank, world_size, port),
+                "log": str(Path(scratch) / f"{rank}.log"),
+                "result": str(Path(scratch) / f"{rank}.json"),
+            }
+            for rank in range(world_size)
+        ]
+        job = {"module": str(module), "function": function, "payload": payload}
+        pids = list(_nursery().ask({"start": ranks, **job}))
+        started = Ranks(pids, [Path(r["log"]) for r in ranks], [Path(r["result"]) for r in ranks])
+        try:
+            yield started
+        finally:
+            started.wait(0)
+
+
 def run_ranks(
     module: Path, function: str, payload: Any, *, world_size: int, seconds: float = 280
 ) -> list[Any]:
     """`function(payload)` of the module at a path, on every rank; the results by rank.
 
-    Fails with the output of the ranks if one of them fails or the time runs out; leaves no process behind.
+    Fails with the output of the ranks if one of them fails or the time runs out.
     """
-    port = free_port()
-    with tempfile.TemporaryDirectory() as scratch:
-        results = [Path(scratch) / f"{rank}.json" for rank in range(world_size)]
-        logs = [Path(scratch) / f"{rank}.log" for rank in range(world_size)]
-        processes = []
-        for rank in range(world_size):
-            with logs[rank].open("w") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [
-                            sys.executable,
-                            __file__,
-                            str(module),
-                            function,
-                            json.dumps(payload),
-                            str(results[rank]),
-                        ],
-                        env=rank_environment(rank, world_size, port),
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                )
-        try:
-            _wait(processes, seconds)
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-        if any(process.returncode for process in processes):
-            shown = "\n".join(
-                f"--- rank {r}: exit {p.returncode}\n{logs[r].read_text()[-4000:]}"
-                for r, p in enumerate(processes)
-            )
-            raise AssertionError(f"{function} failed\n{shown}")
-        return [json.loads(path.read_text()) for path in results]
+    with start_ranks(module, function, payload, world_size=world_size) as ranks:
+        codes = ranks.wait(seconds)
+        if any(codes) or None in codes:
+            raise AssertionError(f"{function} failed: exit codes {codes}\n{ranks.output()}")
+        return [json.loads(path.read_text()) for path in ranks.results]
 
 
-def _wait(processes: list["subprocess.Popen[bytes]"], seconds: float) -> None:
-    """Until all have ended, one has failed, or the time is up."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        codes = [process.poll() for process in processes]
-        if all(code is not None for code in codes) or any(codes):
-            return
-        time.sleep(0.05)
+class _Nursery:
+    """The parent of all ranks of this test process."""
+
+    def __init__(self) -> None:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        atexit.register(self._process.kill)
+
+    def ask(self, request: Mapping[str, Any]) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, "the parent of the ranks has died"
+        return json.loads(answer)
 
 
-def _main(module: str, function: str, payload: str, result: str) -> None:
+@lru_cache(maxsize=1)
+def _nursery() -> _Nursery:
+    return _Nursery()
+
+
+def _serve() -> None:
+    """The nursery: until the test process goes away."""
+    answers = os.fdopen(os.dup(1), "w")  # nothing that a library prints may come between
+    os.dup2(2, 1)
+    for name in _HEAVY:
+        importlib.import_module(name)
+    codes: dict[int, int] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "start" in request:
+            answer: list[Any] = [_fork(rank, request) for rank in request["start"]]
+        else:
+            answer = _wait(request["wait"], request["seconds"], codes)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _fork(rank: dict[str, Any], job: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.setsid()
+        log = os.open(rank["log"], os.O_WRONLY | os.O_CREAT)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(rank["environment"])
+        _run(job["module"], job["function"], job["payload"], rank["result"])
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _run(module: str, function: str, payload: Any, result: str) -> None:
     spec = importlib.util.spec_from_file_location("job", module)
     assert spec is not None and spec.loader is not None
     job = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(job)
-    Path(result).write_text(json.dumps(getattr(job, function)(json.loads(payload))))
+    Path(result).write_text(json.dumps(getattr(job, function)(payload)))
+
+
+def _wait(pids: list[int], seconds: float, codes: dict[int, int]) -> list[int | None]:
+    end = time.monotonic() + seconds
+    while True:
+        for pid in pids:
+            if pid not in codes:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+        found = [codes.get(pid) for pid in pids]
+        if None not in found or any(found) or time.monotonic() > end:
+            break
+        time.sleep(0.05)
+    for pid, code in zip(pids, found, strict=True):
+        if code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return found
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    _serve()
