@@ -1,6 +1,6 @@
 """The user's mistakes, as types. Each ends the program with its documented exit code and one line.
 
-All codes are below 128, so that a Kubernetes operator does not retry what a retry cannot mend
+Their codes are below 128, so that a Kubernetes operator does not retry what a retry cannot mend
 (design decision "exit codes"). Bugs of ours are not in here: they assert.
 """
 
@@ -16,8 +16,13 @@ class ExitCode(IntEnum):
     DATA = 3
     CHECKPOINT = 4
     PREFLIGHT = 5
+    OUT_OF_MEMORY = 6
+    """Of a GPU. A restart meets the same batch on the same GPU."""
     STOPPED = 143
+    PEER_LOST = 170
+    """Another rank, or the network to it, went away."""
     HUNG = 171
+    """No step was made for longer than --hang_timeout_minutes."""
 
 
 class CadMllmError(Exception):
