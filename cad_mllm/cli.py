@@ -5,6 +5,7 @@ Nothing heavy is imported before it is needed, so that `--help` and a mistyped f
 
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,6 +19,9 @@ from cad_mllm.settings import TRAIN_EXAMPLES, leaves, parse_flags, parse_train_a
 _MAX_VIEWS = 8
 _INTERRUPTED = 130
 _BUG = 1
+_LOST_BY_GLOO = re.compile(r"gloo/transport|connectFullMesh|Connection (closed|reset) by peer|Broken pipe")
+_MISUSE_OF_NCCL = re.compile(r"ncclInvalid(Usage|Argument)")
+_OUT_OF_MEMORY = re.compile(r"out of memory", re.IGNORECASE)
 
 
 def train(argv: Sequence[str], prog: str = "cad-mllm train") -> ExitCode:
@@ -191,7 +195,8 @@ def run_and_exit(body: Callable[[], ExitCode]) -> NoReturn:
     """Run, say what went wrong in one line, and exit with the documented code.
 
     The last line of each rank states its code where a launcher set RANK: torchrun and deepspeed
-    turn every failure into 1. A bug keeps its traceback and exits with 1.
+    turn every failure into 1. A bug keeps its traceback and exits with 1. What torch raises for a lost peer
+    or a full GPU is no bug: it has codes of its own.
     """
     prefix = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     try:
@@ -202,12 +207,57 @@ def run_and_exit(body: Callable[[], ExitCode]) -> NoReturn:
     except KeyboardInterrupt:
         print(f"{prefix}interrupted", file=sys.stderr)
         code = _INTERRUPTED
-    except Exception:
-        traceback.print_exc()
-        code = _BUG
+    except Exception as error:
+        known = _known_to_torch(error)
+        if known is None:
+            traceback.print_exc()
+            code = _BUG
+        else:
+            code, line = known
+            print(f"{prefix}error: {line}", file=sys.stderr)
     if "RANK" in os.environ:
         print(f"{prefix}exit code {int(code)}", file=sys.stderr, flush=True)
+    if code != ExitCode.DONE and _in_process_group():
+        # Tearing down a process group whose other ranks are gone can hang, or abort with another code.
+        sys.stdout.flush()
+        os._exit(int(code))
     sys.exit(int(code))
+
+
+def _known_to_torch(error: Exception) -> tuple[ExitCode, str] | None:
+    """Code and line for a full GPU and for a lost peer; None for everything else.
+
+    NCCL and torch's rendezvous have error types, gloo raises a bare RuntimeError.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return None
+    text = str(error).strip()
+    of_peers = isinstance(error, torch.distributed.DistError)
+    of_gpu = isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError))
+    if (of_peers or of_gpu) and _OUT_OF_MEMORY.search(text):
+        return ExitCode.OUT_OF_MEMORY, (
+            "the GPU is out of memory: --batch_size 1 with more --gradient_accumulation_steps, "
+            "--use_gradient_checkpointing, a smaller --max_seq_length, then ZeRO-3 or ds_zero3_offload.json "
+            f"({_first_line(text)})"
+        )
+    if (of_peers and not _MISUSE_OF_NCCL.search(text)) or (
+        type(error) is RuntimeError and _in_process_group() and _LOST_BY_GLOO.search(text)
+    ):
+        return ExitCode.PEER_LOST, (
+            "another rank was lost, or the network to it; look for the first rank that ended. "
+            f"A restart with --resume_from_ckpt auto goes on from the last checkpoint ({_first_line(text)})"
+        )
+    return None
+
+
+def _in_process_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and bool(distributed.is_initialized())
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
 
 
 def _dispatch(argv: Sequence[str]) -> ExitCode:
