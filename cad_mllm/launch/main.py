@@ -140,7 +140,8 @@ def _checked_place(argv: Sequence[str], env: Mapping[str, str]) -> Place:
 def _run_mpi_rank(trainer: Sequence[str], argv: Sequence[str], env: Mapping[str, str]) -> int:
     """One rank that mpirun started; mpirun ends the others as soon as this returns a failure."""
     die_with_parent()
-    ended = _launch_ranks(trainer, argv, env)
+    # mpirun gives its ranks a pseudo-terminal, though nobody looks: no progress bars into the log.
+    ended = _launch_ranks(trainer, argv, {**env, "TERM": "dumb"})
     code = verdict(ended)
     if code in (ExitCode.PEER_LOST, _SIGABRT_CODE):
         # Only a consequence: mpirun hands on the first code that it sees, so let the cause go first.
