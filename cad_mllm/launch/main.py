@@ -1,5 +1,6 @@
 """The launcher from top to bottom."""
 
+import dataclasses
 import os
 import sys
 import time
@@ -21,6 +22,7 @@ from cad_mllm.launch.supervise import (
     block_signals,
     describe,
     die_with_parent,
+    say,
     start,
     supervise,
     verdict,
@@ -28,7 +30,6 @@ from cad_mllm.launch.supervise import (
 
 TRAINER = (sys.executable, "-m", "cad_mllm.train_curriculum")
 ENTRY = (sys.executable, "-m", "cad_mllm.launch")
-_GRACE_SECONDS = 300.0
 _SIGABRT_CODE = 134
 
 HELP = """\
@@ -80,10 +81,12 @@ def launch(
     trainer: Sequence[str] = TRAINER,
     entry: Sequence[str] = ENTRY,
     hostfile: Path = HOSTFILE,
+    patience: Patience = Patience(),  # noqa: B008 (frozen)
 ) -> int:
     """Train with the flags `argv` on the ranks that the environment asks of this container; the exit code.
 
     `trainer` is what each rank runs, `entry` what mpirun starts for each rank: this program.
+    CAD_MLLM_GRACE_SECONDS takes the place of `patience.grace`.
     """
     if {"-h", "--help"} & set(argv):
         print(HELP, end="")
@@ -91,29 +94,32 @@ def launch(
     block_signals()
     env = dict(os.environ)
     try:
+        grace = preflight.seconds(env, "CAD_MLLM_GRACE_SECONDS", patience.grace)
+        patience = dataclasses.replace(patience, grace=grace)
         if is_mpi_launcher(env, hostfile):
-            return _launch_mpi([*entry, *argv], env, hostfile)
+            return _launch_mpi([*entry, *argv], env, hostfile, patience)
         if is_mpi_rank(env):
-            return _run_mpi_rank(trainer, argv, env)
-        ended = _launch_ranks(trainer, argv, env)
+            return _run_mpi_rank(trainer, argv, env, patience)
+        ended = _launch_ranks(trainer, argv, env, patience)
     except StoppedError as stopped:
-        _say(str(stopped))
+        say(str(stopped))
         return stopped.code
     except CadMllmError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return int(error.exit_code)
     return _conclude(ended, verdict(ended))
 
 
-def _launch_ranks(trainer: Sequence[str], argv: Sequence[str], env: Mapping[str, str]) -> list[Ended]:
+def _launch_ranks(
+    trainer: Sequence[str], argv: Sequence[str], env: Mapping[str, str], patience: Patience
+) -> list[Ended]:
     """Check this container, start its ranks, wait for them."""
     waiting = Waiting()
     place = _checked_place(argv, env)
-    patience = _patience(env)
     if place.master_is_elsewhere:
         preflight.wait_for_names([place.master_addr], env, waiting)
     waiting.sleep(0)  # was a stop asked for meanwhile?
-    _say(
+    say(
         f"world size {place.world_size} ({place.started_by}), "
         f"{len(place.ranks)} of them here, meeting at {place.master_addr}:{place.master_port}"
     )
@@ -137,29 +143,30 @@ def _checked_place(argv: Sequence[str], env: Mapping[str, str]) -> Place:
     return place
 
 
-def _run_mpi_rank(trainer: Sequence[str], argv: Sequence[str], env: Mapping[str, str]) -> int:
+def _run_mpi_rank(
+    trainer: Sequence[str], argv: Sequence[str], env: Mapping[str, str], patience: Patience
+) -> int:
     """One rank that mpirun started; mpirun ends the others as soon as this returns a failure."""
     die_with_parent()
     # mpirun gives its ranks a pseudo-terminal, though nobody looks: no progress bars into the log.
-    ended = _launch_ranks(trainer, argv, {**env, "TERM": "dumb"})
+    ended = _launch_ranks(trainer, argv, {**env, "TERM": "dumb"}, patience)
     code = verdict(ended)
     if code in (ExitCode.PEER_LOST, _SIGABRT_CODE):
         # Only a consequence: mpirun hands on the first code that it sees, so let the cause go first.
-        time.sleep(_patience(env).peers)
+        time.sleep(patience.peers)
     return mpi.code_for_mpirun(code)
 
 
-def _launch_mpi(entry: Sequence[str], env: Mapping[str, str], hostfile: Path) -> int:
+def _launch_mpi(entry: Sequence[str], env: Mapping[str, str], hostfile: Path, patience: Patience) -> int:
     """The launcher pod: no rank of its own, but mpirun."""
     waiting = Waiting()
     hosts = mpi.read_hostfile(hostfile)
     ranks_env = mpi.ranks_environment(env, hosts)
     mpi.check_version(env)
-    patience = _patience(env)
     preflight.wait_for_names([host.name for host in hosts], env, waiting)
     command = mpi.mpirun_command(hosts, ranks_env, entry, hostfile=hostfile)
     waiting.sleep(0)
-    _say(f"world size {ranks_env['CAD_MLLM_WORLD_SIZE']} on {len(hosts)} hosts: {' '.join(command)}")
+    say(f"world size {ranks_env['CAD_MLLM_WORLD_SIZE']} on {len(hosts)} hosts: {' '.join(command)}")
     ended = supervise({"mpirun": start(command, ranks_env)}, patience, THROUGH_MPIRUN)
     code = mpi.code_of_mpirun(
         verdict(ended), ended_by={sent: STOP_SIGNALS[sent] for sent in THROUGH_MPIRUN.values()}
@@ -167,17 +174,9 @@ def _launch_mpi(entry: Sequence[str], env: Mapping[str, str], hostfile: Path) ->
     return _conclude(ended, code)
 
 
-def _patience(env: Mapping[str, str]) -> Patience:
-    return Patience(grace=preflight.seconds(env, "CAD_MLLM_GRACE_SECONDS", _GRACE_SECONDS))
-
-
 def _conclude(ended: Sequence[Ended], code: int) -> int:
     for one in ended:
         if one.code != ExitCode.DONE:
-            _say(f"{one.name} {describe(one.code)}{', because of the others' if one.consequence else ''}")
-    _say(f"exit code {code}")
+            say(f"{one.name} {describe(one.code)}{', because of the others' if one.consequence else ''}")
+    say(f"exit code {code}")
     return code
-
-
-def _say(line: str) -> None:
-    print(f"launcher: {line}", file=sys.stderr, flush=True)

@@ -7,6 +7,7 @@ It also returns 1 when it could not reach a worker or lost one: a rank's own 1 i
 """
 
 import re
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -119,13 +120,13 @@ def code_for_mpirun(code: int) -> int:
 def code_of_mpirun(code: int, *, ended_by: Mapping[int, int]) -> int:
     """What mpirun's exit code says about the job; `ended_by`: signals to it that asked for a stop.
 
-    Codes that no rank of ours ends with are mpirun's own troubles (a worker that cannot be reached or is
-    gone): a restart can mend them.
+    Codes that no rank of ours ends with are mpirun's own troubles (1: a worker cannot be reached, 205: one
+    is gone): a restart can mend them.
     """
     if code == RANK_BUG:
         return _BUG
     if code - _SIGNALLED in ended_by:  # the signal came before mpirun or a rank could take it
         return _SIGNALLED + ended_by[code - _SIGNALLED]
-    if code >= _SIGNALLED or code in set(ExitCode):
+    if code in set(ExitCode) or _SIGNALLED < code <= _SIGNALLED + signal.SIGRTMAX:
         return code
     return int(ExitCode.PEER_LOST)

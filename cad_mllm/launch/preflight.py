@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cad_mllm.errors import PreflightError
-from cad_mllm.launch.supervise import Waiting
+from cad_mllm.launch.supervise import Waiting, say
 
 SHM = Path("/dev/shm")
 _GB = 1e9
@@ -209,7 +209,7 @@ def _wait_for(known: threading.Event, name: str, limit: float, waiting: Waiting)
     said = False
     while not known.is_set():
         if not said and waiting.elapsed > _RETRY_SECONDS:
-            print(f"launcher: waiting for the name {name} (up to {limit:g} s)", flush=True)
+            say(f"waiting for the name {name} (up to {limit:g} s)")
             said = True
         if waiting.elapsed >= limit:
             raise PreflightError(

@@ -51,7 +51,7 @@ class StoppedError(Exception):
 class Patience:
     """How long ended and ending processes are waited for, in seconds."""
 
-    grace: float
+    grace: float = 300.0
     """For a checkpoint: between a request to stop and SIGKILL."""
     peers: float = 3.0
     """After a rank failed, the others get so long to end by themselves (and say what they know)."""
@@ -68,6 +68,12 @@ class Ended:
     """Exit code; 128 + n after signal n."""
     consequence: bool
     """Ended by us because another one had failed: says nothing about the cause."""
+
+
+def say(line: str) -> None:
+    """A line in the container's log, in one piece: the ranks write there too."""
+    sys.stderr.write(f"launcher: {line}\n")
+    sys.stderr.flush()
 
 
 def block_signals() -> None:
@@ -137,7 +143,7 @@ def supervise(
     while running:
         number = _fetch(min(terminate_at, kill_at) - time.monotonic())
         if number is not None and number != signal.SIGCHLD:
-            print(f"launcher: {number.name}: passed on to {', '.join(running)}", file=sys.stderr, flush=True)
+            say(f"{number.name}: passed on to {', '.join(running)}")
             _send(running, translation[number])
             if not asked:
                 kill_at = min(kill_at, time.monotonic() + patience.grace)
@@ -146,7 +152,7 @@ def supervise(
             ended.append(Ended(name=name, code=code, consequence=ending and code > _SIGNALLED))
             expected = code == ExitCode.DONE or (asked and code == ExitCode.STOPPED)
             if running and not expected and not ending and terminate_at == math.inf:
-                print(f"launcher: {name} {describe(code)}: ending the others", file=sys.stderr, flush=True)
+                say(f"{name} {describe(code)}: ending the others")
                 terminate_at = time.monotonic() + patience.peers
         now = time.monotonic()
         if now >= terminate_at:
@@ -156,7 +162,7 @@ def supervise(
             kill_at = min(kill_at, now + (patience.grace if stopped else patience.last))
             ending, terminate_at = True, math.inf
         if now >= kill_at:
-            print(f"launcher: killing {', '.join(running)}: time is up", file=sys.stderr, flush=True)
+            say(f"killing {', '.join(running)}: time is up")
             for process in running.values():
                 os.killpg(process.pid, signal.SIGKILL)
             kill_at = math.inf
