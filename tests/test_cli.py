@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -260,6 +261,92 @@ def test_each_kind_of_mistake_has_its_exit_code(
     assert exit_request.value.code == code
     stderr = capsys.readouterr().err
     assert ("Traceback" in stderr) == isinstance(raised, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "code"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB.", 6),
+        (torch.AcceleratorError, "CUDA error: out of memory", 6),
+        (torch.distributed.DistBackendError, "ncclUnhandledCudaError: Cuda failure 2 'out of memory'", 6),
+        (
+            torch.distributed.DistBackendError,
+            "ncclRemoteError: A call failed possibly due to a network",
+            170,
+        ),
+        (torch.distributed.DistNetworkError, "The client socket has timed out after 60000ms", 170),
+        (torch.distributed.DistStoreError, "Timed out after 4 seconds waiting for clients. 1/2", 170),
+        (
+            RuntimeError,
+            "[/p/gloo/transport/tcp/pair.cc:537] Read error [::1]: Connection reset by peer",
+            170,
+        ),
+        (RuntimeError, "[/p/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:2", 170),
+        (
+            RuntimeError,
+            "[/p/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5000ms for recv",
+            170,
+        ),
+        (RuntimeError, "Gloo connectFullMesh failed with [...] no error", 170),
+        (torch.distributed.DistBackendError, "ncclInvalidUsage: Duplicate GPU detected", 1),
+        (torch.AcceleratorError, "CUDA error: device-side assert triggered", 1),
+        (RuntimeError, "mat1 and mat2 shapes cannot be multiplied", 1),
+        (ValueError, "Connection closed by peer", 1),
+    ],
+)
+def test_what_torch_raises_for_a_full_gpu_and_a_lost_peer_has_a_code(
+    error: type[Exception],
+    message: str,
+    code: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group = torch.distributed
+    group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(os, "_exit", sys.exit)  # see the next test
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    try:
+        with pytest.raises(SystemExit) as exit_request:
+            run_and_exit(lambda: fail(error(message)))
+    finally:
+        group.destroy_process_group()
+    assert exit_request.value.code == code
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1] == f"[rank 3] exit code {code}"
+    if code == 1:
+        assert lines[0].startswith("Traceback")
+    else:
+        assert len(lines) == 2 and lines[0].startswith("[rank 3] error: ") and message in lines[0]
+        assert {6: "--batch_size 1", 170: "--resume_from_ckpt auto"}[code] in lines[0]
+
+
+def test_a_rank_that_fails_in_a_process_group_leaves_without_tear_down() -> None:
+    """Which could hang or abort with another code; what it said is on the console all the same."""
+    program = (
+        "import atexit, torch; from cad_mllm.cli import run_and_exit\n"
+        "from cad_mllm.errors import DataError\n"
+        "store = torch.distributed.HashStore()\n"
+        "torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)\n"
+        "atexit.register(print, 'torn down')\n"
+        "def body():\n"
+        "    print('said')\n"
+        "    raise DataError('x')\n"
+        "run_and_exit(body)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said\n", "error: x\n")
+
+
+def test_gloo_words_outside_a_process_group_are_a_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_request:
+        run_and_exit(lambda: fail(RuntimeError("Connection closed by peer")))
+    assert exit_request.value.code == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def fail(error: Exception) -> ExitCode:
+    raise error
 
 
 def test_a_stop_after_a_checkpoint_is_143() -> None:

@@ -38,6 +38,9 @@ def pod(node_rank: int, *, nnodes: int, nproc: int | str, port: int, **more: obj
     return environment(**{**operator, **more})
 
 
+_started: "list[subprocess.Popen[str]]" = []
+
+
 @dataclass
 class Launcher:
     """A launcher that runs, and the folder where its ranks leave their traces."""
@@ -64,12 +67,8 @@ class Launcher:
         return [(line.split()[0], float(line.split()[1])) for line in lines]
 
     def end(self, seconds: float = 30) -> tuple[int, str]:
-        """(exit code, output), within the time; a launcher that is still there is killed with its ranks."""
-        try:
-            output, _ = self.process.communicate(timeout=seconds)
-        finally:
-            if self.process.poll() is None:
-                self.process.kill()
+        """(exit code, output), within the time."""
+        output, _ = self.process.communicate(timeout=seconds)
         return self.process.returncode, output
 
 
@@ -85,7 +84,17 @@ def start_command(command: Sequence[str], folder: Path, env: dict[str, str]) -> 
     process = subprocess.Popen(
         command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    _started.append(process)
     return Launcher(process=process, folder=folder)
+
+
+def end_all() -> None:
+    """Kill the launchers that still run (and with them their ranks)."""
+    for process in _started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    _started.clear()
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:

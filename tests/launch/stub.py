@@ -27,6 +27,23 @@ def launcher(options: dict[str, str], flags: list[str]) -> int:
     )
 
 
+def reduce_for_ever(met: Path) -> None:
+    """As the trainer does: torch.distributed over gloo, inside what turns errors into exit codes."""
+    import torch
+    from torch import distributed
+
+    from cad_mllm.cli import run_and_exit
+    from cad_mllm.errors import ExitCode
+
+    def body() -> ExitCode:
+        distributed.init_process_group("gloo")
+        while True:
+            distributed.all_reduce(torch.ones(1))
+            met.write_text("1")
+
+    run_and_exit(body)
+
+
 def trainer(flags: list[str]) -> int:
     rank = os.environ["RANK"]
     folder = Path(flags[flags.index("--output_dir") + 1])
@@ -47,6 +64,8 @@ def trainer(flags: list[str]) -> int:
         subprocess.run(["sh", "-c", "sleep 0.2 & exit 0"], check=True)
     (folder / f"{rank}.env").write_text(json.dumps(dict(os.environ)))
     (folder / f"{rank}.pid").write_text(str(os.getpid()))
+    if word == "collectives":
+        reduce_for_ever(folder / f"{rank}.met")
     if word == "exit":
         return int(value)
     if word == "late":  # fails when its peers have fallen
