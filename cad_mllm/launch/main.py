@@ -66,6 +66,7 @@ Exit codes (an operator restarts pods at 128 and above, and at no other):
   6    out of GPU memory
   130  interrupted          143  stopped by SIGTERM (after a checkpoint, once training has begun)
   170  another rank was lost, or the network to it: a restart with --resume_from_ckpt auto goes on
+  171  the training hung: where each rank stood is in the log
   128+n  a rank was ended by signal n (137: SIGKILL, often out of host memory; 134: an NCCL abort)
 
 Example, one container with 4 GPUs:
