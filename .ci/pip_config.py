@@ -1,9 +1,9 @@
 """Hands this machine's pip configuration to an image build: settings in a file, local folders as mounts.
 
-    python .ci/pip_config.py FILE    writes FILE, prints the mounts as options for `buildah build`, one a line
+    python .ci/pip_config.py FILE    write FILE, print the mounts as options for `buildah build`, one a line
 
-Run it with the pip whose settings are meant. What lies on this machine's disk (wheels, an index, certificates) is
-mounted where it is, read-only, for the time of the build.
+Run it with the pip whose settings are meant. What lies on this disk (wheels, an index, certificates)
+is mounted where it is, read-only, for the time of the build.
 """
 
 import ast

@@ -9,9 +9,10 @@ def complaint(accelerator: str, cuda_version: str) -> str | None:
     """What is wrong with the installed torch, with the remedy; None if nothing is."""
     built = torch.version.cuda
     if accelerator == "cuda" and (built is None or built.split(".")[0] != cuda_version.split(".")[0]):
+        target = f"CUDA {built}" if built else "the CPU"
         return (
-            f"error: torch {torch.__version__} is for {f'CUDA {built}' if built else 'the CPU'}, the base image "
-            f"has CUDA {cuda_version}: give another TORCH_INDEX or CUDA_VERSION"
+            f"error: torch {torch.__version__} is for {target}, the base image has CUDA {cuda_version}: "
+            f"give another TORCH_INDEX or CUDA_VERSION"
         )
     return None
 

@@ -50,6 +50,7 @@ READS_ARGV = {"cli.py", "train_curriculum.py", "launch/__main__.py"}
 
 TOP_LEVEL = {
     ".ci",
+    ".dockerignore",
     ".github",
     ".gitignore",
     "LICENSE",
@@ -58,6 +59,7 @@ TOP_LEVEL = {
     "cad_mllm",
     "configs",
     "constraints.txt",
+    "docker",
     "k8s",
     "pyproject.toml",
     "tests",

@@ -71,7 +71,10 @@ def test_every_dependency_is_pinned_to_a_plain_version() -> None:
     assert wanted <= {canonical(name) for name in pins}
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-slow", "lint", "train", "clean"])
+@pytest.mark.parametrize(
+    "target",
+    ["demo", "test", "test-slow", "test-image", "lint", "train", "image", "image-cpu", "push", "clean"],
+)
 def test_make_alone_lists_every_command(target: str) -> None:
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert re.search(rf"^  make {target} +\S", listed, flags=re.MULTILINE)

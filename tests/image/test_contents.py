@@ -35,8 +35,8 @@ def writable(folder):
 print(json.dumps({
     "user": [os.getuid(), os.getgid(), pwd.getpwuid(os.getuid()).pw_name],
     "folder": os.getcwd(),
-    "writable": [f for f in ("/", "/tmp", "/opt/venv", "/opt/cad-mllm", "/home/mpiuser", "/scratch") if writable(f)],
-    "caches": sorted(v for k, v in os.environ.items() if k.endswith(("_DIR", "HOME")) and not v.startswith("/scratch")),
+    "writable": [f for f in ("/", "/tmp", "/opt/venv", "/home/mpiuser", "/scratch") if writable(f)],
+    "caches": [v for k, v in os.environ.items() if k.endswith(("_DIR", "HOME")) and v[:8] != "/scratch"],
     "compilers": [c for c in ("cc", "gcc", "g++", "c++", "clang", "nvcc") if shutil.which(c)],
 }))
 """
@@ -50,7 +50,8 @@ weight.grad = torch.ones(64)
 DeepSpeedCPUAdam([weight], lr=0.5).step()
 assert torch.allclose(weight, torch.full((64,), 0.5), atol=1e-3), weight
 get_accelerator().create_op_builder("ShareMemCommBuilder").load()
-print(*sorted(m.__file__ for n, m in sys.modules.items() if n.startswith("deepspeed.") and n.endswith("_op")))
+ours = (module for name, module in sorted(sys.modules.items()) if name.startswith("deepspeed."))
+print(*(module.__file__ for module in ours if str(module.__file__).endswith(".so")))
 """
 
 
@@ -127,7 +128,7 @@ def files_of_layers(archive: IO[bytes]) -> Iterator[tuple[str, Iterator[bytes]]]
     """Name and contents, in pieces, of each file in each layer of a saved image, and of its description."""
     with tarfile.open(fileobj=archive, mode="r|") as image:
         for outer in image:
-            stream = image.extractfile(outer)
+            stream = image.extractfile(outer) if outer.isreg() else None
             if stream is None:
                 continue
             if not outer.name.endswith(".tar"):
