@@ -16,6 +16,8 @@ class ExitCode(IntEnum):
     DATA = 3
     CHECKPOINT = 4
     PREFLIGHT = 5
+    CLUSTER = 6
+    JOB = 7
     OUT_OF_MEMORY = 6
     """Of a GPU. A restart meets the same batch on the same GPU."""
     STOPPED = 143
@@ -57,3 +59,9 @@ class PreflightError(CadMllmError):
     """A machine that cannot run what was asked of it."""
 
     exit_code = ExitCode.PREFLIGHT
+
+
+class ClusterError(CadMllmError):
+    """A cluster that cannot be reached, refuses what was asked, or lacks what the job needs."""
+
+    exit_code = ExitCode.CLUSTER

@@ -20,6 +20,7 @@ from typing import Any, TypeVar, get_type_hints
 import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
+from tyro.conf import Positional as Positional  # for the fields that are given without their name
 
 from cad_mllm.config import TrainConfig
 from cad_mllm.errors import ConfigError

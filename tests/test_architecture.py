@@ -23,9 +23,10 @@ ALLOWED: dict[str, set[str]] = {
     "generate": _BASE | {"cad", "data", "model", "artifacts"},
     "report": _BASE | {"cad"},
     "settings": _BASE,
+    "cluster": _BASE,
     "launch": _BASE,
     "demo": _BASE | {"cad", "data", "artifacts", "generate", "report", "cli"},
-    "cli": _BASE | {"cad", "data", "train", "generate", "report", "settings"},
+    "cli": _BASE | {"cad", "data", "train", "generate", "report", "settings", "cluster"},
     "train_curriculum": {"cli"},
 }
 
@@ -35,6 +36,7 @@ ONLY_IN: dict[str, set[str]] = {
     "wandb": {"train/tracking.py"},
     "OCP": {"cad/"},
     "tyro": {"settings.py"},
+    "kubernetes": {"cluster/"},
 }
 
 # Folders that must not import these.
