@@ -247,6 +247,7 @@ class _Run:
         running.sort(key=lambda pod: (not self.job.kind.is_rank0(pod), pod["metadata"]["name"]))
         victim = running[-1]["metadata"]["name"]
         self._cluster.delete(PODS, victim, grace_seconds=_KILL_GRACE_SECONDS)
+        self.console.resumed.clear()  # only what comes after the kill proves anything
         self._killed = f"pod {victim}, after step {max(self.console.losses)}"
         self._tell(f"killed pod {victim} to see the job come back")
 
