@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 import urllib3
+import yaml
 from kubernetes import config as kube_config
 from kubernetes.client import ApiClient, Configuration
 from kubernetes.client.exceptions import ApiException
@@ -318,10 +319,10 @@ class Cluster:
         )
 
     def _explain(self, method: str, resource: Resource, path: str, status: int, detail: str) -> str:
-        if status == 401:
+        if status == 401 or "system:anonymous" in detail:
             return (
-                "the API server does not accept the credentials (401), they may have expired: log in to the "
-                f"cluster again, then check with {self.kubectl('auth whoami')}"
+                f"the API server does not accept the credentials ({status}), they may have expired: log in to "
+                f"the cluster again, then check with {self.kubectl('auth whoami')}"
             )
         if status == FORBIDDEN and "cannot " in detail and " resource " in detail:
             question = f"auth can-i {_VERBS[method]} {resource.full_name}"
@@ -372,7 +373,7 @@ def connect(*, context: str | None, namespace: str | None, patience: Patience | 
                 f"no kubeconfig at {files}: fetch it from your cluster's provider, then "
                 "`export KUBECONFIG=FILE` and check with `kubectl config current-context`"
             )
-    except (ConfigException, KeyError, TypeError, ValueError) as error:
+    except (ConfigException, yaml.YAMLError, OSError, KeyError, TypeError, ValueError) as error:
         raise ClusterError(
             f"the kubeconfig {files} is not usable ({' '.join(str(error).split())}): "
             "`kubectl config view` shows what is in it, `kubectl config use-context NAME` picks a context"

@@ -15,31 +15,33 @@ class LogPosition:
     """How far the log of one pod has been read: nothing is told twice after a reconnect."""
 
     last: str | None = None
-    """Time stamp of the last line, as the server wrote it."""
+    """The latest time stamp told, as the server wrote it."""
     _at_last: list[str] = field(default_factory=list)
     """The lines told that carry this very stamp."""
-    _skip: list[str] = field(default_factory=list)
+    _repeats: list[str] | None = None
+    """While the server repeats what was told: those of `_at_last` that are still to come."""
 
     def reconnect(self) -> None:
         """The server is about to repeat everything since the second of `last`."""
-        self._skip = list(self._at_last)
+        self._repeats = list(self._at_last) if self.last is not None else None
 
     def new(self, stamped: str) -> str | None:
         """The text of a stamped line, or None where it was told before."""
         stamp, _, text = stamped.partition(" ")
         if not _is_stamp(stamp):
             return stamped  # the kubelet's own words ("unable to retrieve container logs ...")
-        if self.last is not None:
-            if _order(stamp) < _order(self.last):
+        order, last = _order(stamp), _order(self.last or "")
+        if self._repeats is not None:
+            if order < last:
                 return None
-            if _order(stamp) == _order(self.last) and text in self._skip:
-                self._skip.remove(text)
+            if order == last and text in self._repeats:
+                self._repeats.remove(text)
                 return None
-        if self.last is None or _order(stamp) > _order(self.last):
-            self._at_last = []
-            self._skip = []
-        self.last = stamp
-        self._at_last.append(text)
+            self._repeats = None
+        if order > last:
+            self.last, self._at_last = stamp, []
+        if order >= last:
+            self._at_last.append(text)
         return text
 
 

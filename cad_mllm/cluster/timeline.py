@@ -136,7 +136,7 @@ def unschedulable(pod: str, message: str) -> Note:
         )
     reasons = []
     mend = f"describe pod {pod}"
-    for count, resource in re.findall(r"(\d+) Insufficient ([\w./-]+)", message):
+    for count, resource in re.findall(r"(\d+) Insufficient ([\w./-]*\w)", message):
         what = "no free nvidia.com/gpu" if resource == "nvidia.com/gpu" else f"too little {resource}"
         reasons.append(f"{count}{of} nodes have {what} (Insufficient {resource})")
         mend = "describe nodes"

@@ -226,13 +226,15 @@ class ApiServer(kmock.KubernetesScaffold):
             if self.cuts != cuts:
                 _break(request)
                 return
+            now_ = self.store.get("Pod", request.name)
+            if now_ is None or now_["metadata"]["uid"] != pod["metadata"]["uid"]:
+                return
             lines = self.store.logs.get(request.name, [])
             for stamp, text in lines[told:]:
                 if stamp[:19] >= since:
                     yield f"{stamp} {text}\n".encode()
             told = len(lines)
-            now_ = self.store.get("Pod", request.name)
-            if now_ is None or now_["metadata"]["uid"] != pod["metadata"]["uid"] or _ended(now_):
+            if _ended(now_):
                 return
             await asyncio.sleep(_TICK)
 
