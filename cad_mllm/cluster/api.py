@@ -321,8 +321,8 @@ class Cluster:
     def _explain(self, method: str, resource: Resource, path: str, status: int, detail: str) -> str:
         if status == 401 or "system:anonymous" in detail:
             return (
-                f"the API server does not accept the credentials ({status}), they may have expired: log in to "
-                f"the cluster again, then check with {self.kubectl('auth whoami')}"
+                f"the API server does not accept the credentials ({status}), they may have expired: log in "
+                f"to the cluster again, then check with {self.kubectl('auth whoami')}"
             )
         if status == FORBIDDEN and "cannot " in detail and " resource " in detail:
             question = f"auth can-i {_VERBS[method]} {resource.full_name}"

@@ -12,6 +12,7 @@ from cad_mllm.cluster.jobs import Json
 from cad_mllm.errors import ClusterError
 
 _FRUITLESS_ROUNDS = 20
+_AT_ONCE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,8 @@ def changes(
                 raise
             version = None
         # A server or proxy that ends every watch at once must not be asked in a tight loop, nor for ever.
-        fruitless = 0 if heard or time.monotonic() - started > cluster.patience.first_wait else fruitless + 1
+        lasted = time.monotonic() - started
+        fruitless = 0 if heard or lasted > _AT_ONCE_SECONDS else fruitless + 1
         if fruitless > _FRUITLESS_ROUNDS:
             raise ClusterError(
                 f"every watch of {resource.full_name} is cut off at once: does a proxy in between forbid "

@@ -48,8 +48,7 @@ KINDS = (
         pod_label=_JOB_NAME,
         rank0={"training.kubeflow.org/replica-type": "master"},
         container="pytorch",
-        install="kubectl apply --server-side -k "
-        "'github.com/kubeflow/trainer.git/manifests/overlays/standalone?ref=v1.9.4'",
+        install="kubectl apply --server-side -k k8s/operators/training-operator",
     ),
     JobKind(
         kind="MPIJob",

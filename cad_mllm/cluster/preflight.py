@@ -13,7 +13,7 @@ _CREATE = {
     "Secret": "create secret generic {name} --from-literal=KEY=VALUE",
     "ConfigMap": "create configmap {name} --from-file=FILE",
     "ServiceAccount": "create serviceaccount {name}",
-    "PersistentVolumeClaim": "apply -f FILE (a PersistentVolumeClaim named {name}; README, On a cluster)",
+    "PersistentVolumeClaim": "apply -k k8s/overlays/storage",
 }
 
 
@@ -91,10 +91,10 @@ def _check_references(cluster: Cluster, overlay: Overlay, warn: Callable[[str], 
         warn(f"you may not look at {', '.join(sorted(unseen))}: whether it is there was not checked")
     if missing:
         names = ", ".join(f"{reference.kind} {reference.name}" for reference in missing)
-        commands = " and ".join(
+        commands = dict.fromkeys(
             cluster.kubectl(_CREATE[reference.kind].format(name=reference.name)) for reference in missing
         )
-        raise ClusterError(f"namespace {cluster.namespace} lacks {names}: {commands}")
+        raise ClusterError(f"namespace {cluster.namespace} lacks {names}: {' and '.join(commands)}")
 
 
 def _check_admission(cluster: Cluster, overlay: Overlay, template: Json, warn: Callable[[str], None]) -> None:

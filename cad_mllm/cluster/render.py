@@ -74,7 +74,10 @@ def render(path: Path) -> Overlay:
     if len(jobs) != 1:
         wanted = ", ".join(kind.kind for kind in KINDS)
         found = ", ".join(f"{job['kind']} {job['metadata']['name']}" for job in jobs) or "none"
-        raise ConfigError(f"{path} must render to one job ({wanted}); it has: {found}")
+        raise ConfigError(
+            f"{path} must render to one job ({wanted}), it has {found}; "
+            f"without a job: `kubectl apply -k {path}`"
+        )
     kind = kind_of(jobs[0])
     assert kind is not None
     return Overlay(path=path, objects=tuple(objects), job=jobs[0], kind=kind)

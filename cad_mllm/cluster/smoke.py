@@ -1,6 +1,7 @@
 """The smoke job of CI: does this image train, lose a pod, come back and finish, on this cluster?"""
 
 import dataclasses
+import itertools
 import json
 import re
 import statistics
@@ -9,15 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from cad_mllm.cluster import apply as applying
 from cad_mllm.cluster.api import PODS, Cluster
 from cad_mllm.cluster.jobs import Json
 from cad_mllm.cluster.preflight import check, templates
 from cad_mllm.cluster.render import Overlay, world_size
 from cad_mllm.cluster.watch import JobRef, follow, job_of
-from cad_mllm.config import RunConfig
 from cad_mllm.errors import ClusterError, ConfigError, ExitCode
 
 _INSTANCE = "app.kubernetes.io/instance"
@@ -102,22 +100,22 @@ def smoke(
     that is no smoke overlay, ClusterError for what the cluster lacks.
     """
     _refuse_other_overlays(overlay)
-    ranks = world_size(overlay)
+    ranks, steps = world_size(overlay), save_steps(overlay)
     started = time.monotonic()
     deadline = started + 60 * minutes
     check(cluster, overlay, tell)
     applying.delete(cluster, overlay, tell, seconds=_DELETE_SECONDS)
     try:
         applying.apply(cluster, overlay, tell)
-        run = _Run(cluster, overlay, kill_pod, tell, line)
+        run = _Run(cluster, job_of(overlay.job), steps if kill_pod else None, tell, line)
         ending, blocked = run.to_the_end(deadline)
     finally:
         if not keep:
             applying.delete(cluster, overlay, tell, seconds=_DELETE_SECONDS)
     assertions = (
         ending,
-        *console_assertions(run.console, ranks=ranks, save_steps=run.save_steps, kill_pod=kill_pod),
-        *([run.kill_assertion()] if kill_pod else []),
+        *console_assertions(run.console, ranks=ranks),
+        *([run.kill_assertion(), resume_assertion(run.console, steps)] if kill_pod else []),
     )
     holds = all(assertion.holds for assertion in assertions)
     return SmokeReport(
@@ -131,13 +129,11 @@ def smoke(
     )
 
 
-def console_assertions(
-    console: Console, *, ranks: int, save_steps: int, kill_pod: bool
-) -> tuple[Assertion, ...]:
-    """What rank 0's lines must say: world size, falling loss, the end, and after a kill the resume."""
+def console_assertions(console: Console, *, ranks: int) -> tuple[Assertion, ...]:
+    """What rank 0's lines must say in any case: world size, falling loss, the end."""
     sizes = sorted(set(console.world_sizes))
     first, last = loss_trend(console.losses)
-    assertions = [
+    return (
         Assertion(
             what="world size seen by the trainer",
             expected=str(ranks),
@@ -156,17 +152,17 @@ def console_assertions(
             seen="no such line" if console.done is None else f"done: {console.done} steps",
             holds=console.done is not None,
         ),
-    ]
-    if kill_pod:
-        assertions.append(
-            Assertion(
-                what="the checkpoint loads after the kill",
-                expected=f"`resumed from` step {save_steps} or later",
-                seen=", ".join(f"step {step}" for step in console.resumed) or "no such line",
-                holds=any(step >= save_steps for step in console.resumed),
-            )
-        )
-    return tuple(assertions)
+    )
+
+
+def resume_assertion(console: Console, steps: int) -> Assertion:
+    """Whether the run went on, after the kill, from a checkpoint of step `steps` or later."""
+    return Assertion(
+        what="the checkpoint loads after the kill",
+        expected=f"`resumed from` step {steps} or later",
+        seen=", ".join(f"step {step}" for step in console.resumed) or "no such line",
+        holds=any(step >= steps for step in console.resumed),
+    )
 
 
 def loss_trend(losses: dict[int, float]) -> tuple[float, float]:
@@ -179,17 +175,16 @@ def loss_trend(losses: dict[int, float]) -> tuple[float, float]:
 
 
 def save_steps(overlay: Overlay) -> int:
-    """Steps between the checkpoints of the overlay's run: the flag, its YAML, or the default."""
+    """Steps between the checkpoints of the overlay's run: `--save_steps` in its args. Else ConfigError."""
     for template in templates(overlay):
         for container in template["spec"]["containers"]:
-            if found := _flag(container.get("args") or []):
-                return found
-    for item in overlay.objects:
-        for text in (item.get("data") or {}).values() if item["kind"] == "ConfigMap" else ():
-            values = yaml.safe_load(text) if "save_steps" in text else None
-            if isinstance(values, dict) and isinstance(values.get("save_steps"), int):
-                return int(values["save_steps"])
-    return RunConfig().save_steps
+            words = " ".join(container.get("args") or []).replace("=", " ").split()
+            for flag, value in itertools.pairwise(words):
+                if flag == "--save_steps" and value.isdigit():
+                    return int(value)
+    raise ConfigError(
+        f"{overlay.path}: no container has `--save_steps N` in its args: when to kill a pod follows from it"
+    )
 
 
 class _Run:
@@ -198,16 +193,16 @@ class _Run:
     def __init__(
         self,
         cluster: Cluster,
-        overlay: Overlay,
-        kill_pod: bool,
+        job: JobRef,
+        kill_after: int | None,
         tell: Callable[[str], None],
         line: Callable[[str], None],
     ) -> None:
         self.console = Console()
-        self.job: JobRef = job_of(overlay.job)
-        self.save_steps = save_steps(overlay)
+        self._job = job
         self._cluster = cluster
-        self._kill_pod = kill_pod
+        self._kill_after = kill_after
+        """The step of the first checkpoint. None: no pod is killed."""
         self._killed: str | None = None
         self._tell = tell
         self._line = line
@@ -216,7 +211,7 @@ class _Run:
         """Follow the job; what keeps it from its end is a failed assertion, and True if it is the cluster."""
         blocked = False
         try:
-            outcome = follow(self._cluster, self.job, tell=self._tell, line=self._read, deadline=deadline)
+            outcome = follow(self._cluster, self._job, tell=self._tell, line=self._read, deadline=deadline)
             seen, holds = outcome.text, outcome.succeeded
         except ClusterError as error:
             seen, holds, blocked = str(error), False, True
@@ -226,7 +221,7 @@ class _Run:
         """Whether a pod was killed in the middle."""
         return Assertion(
             what="one pod is killed in the middle",
-            expected=f"after step {self.save_steps}",
+            expected=f"after step {self._kill_after}",
             seen=self._killed or "the run was over before: it needs more steps than save_steps",
             holds=self._killed is not None,
         )
@@ -234,17 +229,18 @@ class _Run:
     def _read(self, line: str) -> None:
         self._line(line)
         self.console.read(line)
-        past = max(self.console.losses, default=0) > self.save_steps
-        if self._kill_pod and self._killed is None and past and self.console.done is None:
+        if self._kill_after is None or self._killed is not None or self.console.done is not None:
+            return
+        if max(self.console.losses, default=0) > self._kill_after:
             self._kill()
 
     def _kill(self) -> None:
         """Kill the last of the running pods that are not rank 0's; with one pod, that one."""
-        pods = self._cluster.list_all(PODS, labels=self.job.kind.selector(self.job.name))["items"]
+        pods = self._cluster.list_all(PODS, labels=self._job.kind.selector(self._job.name))["items"]
         running = [pod for pod in pods if pod.get("status", {}).get("phase") == "Running"]
         if not running:
             return  # between two lives: the next line asks again
-        running.sort(key=lambda pod: (not self.job.kind.is_rank0(pod), pod["metadata"]["name"]))
+        running.sort(key=lambda pod: (not self._job.kind.is_rank0(pod), pod["metadata"]["name"]))
         victim = running[-1]["metadata"]["name"]
         self._cluster.delete(PODS, victim, grace_seconds=_KILL_GRACE_SECONDS)
         self.console.resumed.clear()  # only what comes after the kill proves anything
@@ -261,13 +257,3 @@ def _refuse_other_overlays(overlay: Overlay) -> None:
             f"overlays whose label {_INSTANCE} begins with `smoke` (this one: {instance or 'none'}): "
             "`cad-mllm smoke --overlay k8s/overlays/smoke`, or `cad-mllm submit` for a real job"
         )
-
-
-def _flag(args: list[str]) -> int | None:
-    for position, token in enumerate(args):
-        value = token.removeprefix("--save_steps=")
-        if token == "--save_steps" and position + 1 < len(args):
-            value = args[position + 1]
-        if value != token and value.isdigit():
-            return int(value)
-    return None

@@ -347,7 +347,8 @@ def _failed_create(title: str, message: str) -> Note:
         what = message[message.find("violates PodSecurity") :]
         by_operator = "init-pytorch" in what or "init container" in what
         whose = (
-            "install the training operator with its own init container template (README, On a cluster)"
+            "give the training operator an init container that may: "
+            "`kubectl apply --server-side -k k8s/operators/training-operator`"
             if by_operator
             else "remove that from your patches of the overlay, or take a namespace whose level allows it"
         )

@@ -146,7 +146,7 @@ def test_where_a_kind_lives_is_asked_once(server: ApiServer, cluster: Cluster) -
 @pytest.mark.parametrize(
     ("kind", "command"),
     [
-        ("PyTorchJob", "manifests/overlays/standalone?ref=v1.9.4"),
+        ("PyTorchJob", "-k k8s/operators/training-operator"),
         ("MPIJob", "mpi-operator.yaml"),
         ("TrainJob", "manifests/overlays/manager?ref="),
     ],

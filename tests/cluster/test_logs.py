@@ -24,7 +24,6 @@ class Reader:
 
         def run() -> None:
             try:
-                self.lines.extend(())
                 for line in rank0_lines(cluster, PYTORCH, "cad-mllm-zero3", stop=self.ended):
                     self.lines.append(line)
             except BaseException as error:
@@ -156,8 +155,7 @@ def test_lines_out_of_order_are_not_lost() -> None:
 # --- who is rank 0 ---------------------------------------------------------------------------------
 
 
-def labelled(name: str, created: str = "2026-01-01T00:00:00Z", **labels: str) -> Json:
-    labels = {key.replace("__", "/").replace("_", "-"): value for key, value in labels.items()}
+def bare_pod(name: str, created: str, labels: Json) -> Json:
     return {"metadata": {"name": name, "labels": labels, "creationTimestamp": created}}
 
 
@@ -166,10 +164,7 @@ def test_rank_0_of_each_kind() -> None:
     index, part = "batch.kubernetes.io/job-completion-index", "jobset.sigs.k8s.io/replicatedjob-name"
 
     def first(kind: int, *labels: dict[str, str]) -> str:
-        pods = [
-            {"metadata": {"name": f"p{n}", "labels": carried, "creationTimestamp": "2026-01-01T00:00:00Z"}}
-            for n, carried in enumerate(labels)
-        ]
+        pods = [bare_pod(f"p{n}", "2026-01-01T00:00:00Z", carried) for n, carried in enumerate(labels)]
         pod = rank0_pod(KINDS[kind], pods)
         assert pod is not None
         name: str = pod["metadata"]["name"]
@@ -177,15 +172,14 @@ def test_rank_0_of_each_kind() -> None:
 
     assert first(0, {replica: "worker"}, {replica: "master"}) == "p1"
     assert first(1, {role: "worker"}, {role: "launcher"}) == "p1"
-    assert (
-        first(2, {part: "node", index: "1"}, {part: "node", index: "0"}, {part: "other", index: "0"}) == "p1"
-    )
+    assert first(2, {part: "node", index: "1"}, {part: "node", index: "0"}) == "p1"
+    assert first(2, {part: "node", index: "0"}, {part: "prepare", index: "0"}) == "p0"
     assert first(3, {index: "1"}, {index: "0"}) == "p1"
     assert first(3, {}) == "p0"
 
 
 def test_of_two_lives_the_newer_one_that_is_not_on_its_way_out() -> None:
-    old, new = labelled("old"), labelled("new", created="2026-01-02T00:00:00Z")
+    old, new = bare_pod("old", "2026-01-01T00:00:00Z", {}), bare_pod("new", "2026-01-02T00:00:00Z", {})
     assert rank0_pod(BATCH, [new, old]) == new
     new["metadata"]["deletionTimestamp"] = "2026-01-03T00:00:00Z"
     assert rank0_pod(BATCH, [old, new]) == old

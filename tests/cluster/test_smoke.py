@@ -11,7 +11,15 @@ import pytest
 
 from cad_mllm.cli import main
 from cad_mllm.cluster.api import Cluster
-from cad_mllm.cluster.smoke import Console, SmokeReport, console_assertions, loss_trend, save_steps, smoke
+from cad_mllm.cluster.smoke import (
+    Console,
+    SmokeReport,
+    console_assertions,
+    loss_trend,
+    resume_assertion,
+    save_steps,
+    smoke,
+)
 from cad_mllm.errors import ConfigError, ExitCode
 from tests.cluster.conftest import (
     SMOKE,
@@ -22,7 +30,7 @@ from tests.cluster.conftest import (
     smoke_job,
     smoke_objects,
 )
-from tests.cluster.standin import ApiServer, Store
+from tests.cluster.standin import ApiServer, Json, Store
 
 JOB = "cad-mllm-smoke"
 MASTER, WORKER = f"{JOB}-master-0", f"{JOB}-worker-0"
@@ -213,7 +221,7 @@ def test_a_job_that_ends_before_the_kill_fails(server: ApiServer, cluster: Clust
 
     with acting(story):
         report, _ = run_smoke(cluster)
-    assert failed(report) == ["the checkpoint loads after the kill", "one pod is killed in the middle"]
+    assert failed(report) == ["one pod is killed in the middle", "the checkpoint loads after the kill"]
 
 
 def test_a_failed_job_is_reported_with_its_reason(server: ApiServer, cluster: Cluster) -> None:
@@ -337,7 +345,7 @@ def test_each_broken_console_fails_its_own_assertion() -> None:
 
     def broken(**change: object) -> list[str]:
         console = Console(**{**vars(whole), **change})  # type: ignore[arg-type]
-        found = console_assertions(console, ranks=2, save_steps=4, kill_pod=True)
+        found = [*console_assertions(console, ranks=2), resume_assertion(console, 4)]
         return [assertion.what for assertion in found if not assertion.holds]
 
     assert broken() == []
@@ -350,23 +358,20 @@ def test_each_broken_console_fails_its_own_assertion() -> None:
 
 
 @pytest.mark.parametrize(
-    ("args", "yaml_text", "expected"),
-    [
-        ([], "save_steps: 4\n", 4),
-        (["--save_steps", "7"], "save_steps: 4\n", 7),
-        (["--save_steps=8"], "save_steps: 4\n", 8),
-        ([], "logging_steps: 1\n", 500),
-    ],
+    "args", [["--save_steps", "7"], ["--save_steps=7"], ["--x", "1", "--save_steps", "7"]]
 )
-def test_the_distance_of_checkpoints_is_read_from_the_overlay(
-    args: list[str], yaml_text: str, expected: int
-) -> None:
+def test_the_distance_of_checkpoints_is_read_from_the_args(args: list[str]) -> None:
+    assert save_steps(overlay_of(with_args(args))) == 7
+
+
+@pytest.mark.parametrize("args", [[], ["--save_steps"], ["--save_steps", "many"]])
+def test_without_it_nobody_knows_when_to_kill(args: list[str]) -> None:
+    with pytest.raises(ConfigError, match="no container has `--save_steps N`"):
+        save_steps(overlay_of(with_args(args)))
+
+
+def with_args(args: list[str]) -> Json:
     job = smoke_job()
-    job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]["args"] = args
-    train = {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": {"name": "t"},
-        "data": {"t.yaml": yaml_text},
-    }
-    assert save_steps(overlay_of(train, job)) == expected
+    for replica in job["spec"]["pytorchReplicaSpecs"].values():
+        replica["template"]["spec"]["containers"][0]["args"] = args
+    return job

@@ -263,7 +263,7 @@ def test_a_namespace_that_forbids_the_pod() -> None:
 
 def test_the_operators_own_init_container_is_another_remedy() -> None:
     note = note_of("FailedCreatePod", FORBIDDEN.format("init-pytorch"))
-    assert "install the training operator with its own init container template" in note.text
+    assert "`kubectl apply --server-side -k k8s/operators/training-operator`" in note.text
 
 
 def test_a_quota_that_is_used_up_may_pass() -> None:
