@@ -16,6 +16,9 @@ class ExitCode(IntEnum):
     DATA = 3
     CHECKPOINT = 4
     PREFLIGHT = 5
+    CLUSTER = 7
+    JOB = 8
+    """In a cluster: it failed, and no trainer of it gave a code that a restart cannot mend."""
     CLUSTER = 6
     JOB = 7
     OUT_OF_MEMORY = 6

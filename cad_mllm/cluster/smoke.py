@@ -21,6 +21,8 @@ from cad_mllm.errors import ClusterError, ConfigError, ExitCode
 _INSTANCE = "app.kubernetes.io/instance"
 _DELETE_SECONDS = 300.0
 _KILL_GRACE_SECONDS = 1
+_CHECKPOINTS = 2
+"""A pod is killed when so many are due: they are written beside training, each after the one before it."""
 _WORLD = re.compile(r"\bworld size (\d+)\b")
 _STEP = re.compile(r"\bstep +(\d+) +stage +\d +loss +(\S+)")
 _RESUMED = re.compile(r"\bresumed from (\S*step-0*(\d+))")
@@ -107,7 +109,7 @@ def smoke(
     applying.delete(cluster, overlay, tell, seconds=_DELETE_SECONDS)
     try:
         applying.apply(cluster, overlay, tell)
-        run = _Run(cluster, job_of(overlay.job), steps if kill_pod else None, tell, line)
+        run = _Run(cluster, job_of(overlay.job), steps * _CHECKPOINTS if kill_pod else None, tell, line)
         ending, blocked = run.to_the_end(deadline)
     finally:
         if not keep:
@@ -202,7 +204,7 @@ class _Run:
         self._job = job
         self._cluster = cluster
         self._kill_after = kill_after
-        """The step of the first checkpoint. None: no pod is killed."""
+        """The step after which one checkpoint is surely complete. None: no pod is killed."""
         self._killed: str | None = None
         self._tell = tell
         self._line = line
@@ -222,7 +224,7 @@ class _Run:
         return Assertion(
             what="one pod is killed in the middle",
             expected=f"after step {self._kill_after}",
-            seen=self._killed or "the run was over before: it needs more steps than save_steps",
+            seen=self._killed or "the run was over before: it needs more steps than that",
             holds=self._killed is not None,
         )
 

@@ -13,14 +13,18 @@ from cad_mllm.errors import ExitCode
 
 CODES = {
     1: "a bug: its log ends in a traceback",
-    ExitCode.CONFIG: "configuration",
-    ExitCode.DATA: "data",
-    ExitCode.CHECKPOINT: "checkpoint",
-    ExitCode.PREFLIGHT: "preflight: the pod is not what the job expects",
+    2: "configuration",
+    3: "data",
+    4: "checkpoint",
+    5: "preflight: the pod is not what the job expects",
+    6: "out of GPU memory",
     137: "killed",
     139: "segmentation fault",
-    ExitCode.STOPPED: "stopped by SIGTERM after a checkpoint",
+    143: "stopped by SIGTERM after a checkpoint",
+    170: "another rank was lost",
+    171: "hung",
 }
+"""What the trainer's exit codes mean (README, Exit codes), for people."""
 _SUCCESS = ("Succeeded", "Complete")
 _ENDS = (*_SUCCESS, "Failed")
 _WORDS = {

@@ -1,5 +1,6 @@
 """A stand-in for a cluster, a kubeconfig that leads to it, and a client that does not wait long."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,7 +77,13 @@ def gpu_node(product: str = "NVIDIA-L40", gpus: int = 4) -> Json:
 def smoke_job() -> Json:
     """The job of the smoke overlay next door, to be broken by a test."""
     job: Json = yaml.safe_load((SMOKE / "job.yaml").read_text())
-    return job
+    return copy_of(job)
+
+
+def copy_of(item: Json) -> Json:
+    """A copy in which nothing is shared, as YAML anchors are."""
+    copied: Json = json.loads(json.dumps(item))
+    return copied
 
 
 def smoke_objects() -> list[Json]:

@@ -20,7 +20,7 @@ def refused(cluster: Cluster) -> str:
     with pytest.raises(ClusterError) as caught:
         cluster.get(PODS, "p")
     message = str(caught.value)
-    assert caught.value.exit_code == ExitCode.CLUSTER == 6
+    assert caught.value.exit_code == ExitCode.CLUSTER == 7
     assert "\n" not in message
     return message
 

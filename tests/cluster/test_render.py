@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from cad_mllm.cluster.preflight import references
 from cad_mllm.cluster.render import pod_templates, render, world_size
+from cad_mllm.cluster.smoke import save_steps
 from cad_mllm.errors import ConfigError, PreflightError
 from tests.cluster.conftest import SMOKE, needs_kubectl, overlay_of, smoke_job, smoke_objects
 from tests.cluster.standin import Json
@@ -28,10 +30,20 @@ def test_an_overlay_is_its_objects_and_its_job() -> None:
     assert world_size(overlay) == 2
 
 
+@needs_kubectl
 def test_the_objects_of_the_tests_are_those_that_kubectl_renders() -> None:
-    if not needs_kubectl.args[0]:
-        rendered = sorted(render(SMOKE).objects, key=lambda item: item["kind"])
-        assert rendered == sorted(smoke_objects(), key=lambda item: item["kind"])
+    rendered = sorted(render(SMOKE).objects, key=lambda item: item["kind"])
+    assert rendered == sorted(smoke_objects(), key=lambda item: item["kind"])
+
+
+@needs_kubectl
+@pytest.mark.parametrize("path", sorted(OVERLAYS.glob("*smoke*")), ids=lambda path: path.name)
+def test_every_smoke_overlay_is_one_that_smoke_takes(path: Path) -> None:
+    overlay = render(path)
+    assert overlay.job["metadata"]["labels"]["app.kubernetes.io/instance"].startswith("smoke")
+    assert world_size(overlay) >= 2
+    assert save_steps(overlay) >= 1
+    assert references(overlay) == [], "it brings everything that it needs"
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
@@ -106,7 +118,9 @@ def test_a_world_size_must_be_said_and_be_one() -> None:
     job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"][0]["env"] = [
         {"name": "CAD_MLLM_WORLD_SIZE", "value": "2"}
     ]
-    with pytest.raises(ConfigError, match="CAD_MLLM_WORLD_SIZE must be one number .*2, 4"):
+    with pytest.raises(
+        ConfigError, match="CAD_MLLM_WORLD_SIZE must be one number in the job's env, it says 2, 4"
+    ):
         world_size(overlay_of(job))
     job["spec"] = {"pytorchReplicaSpecs": {}}
     with pytest.raises(ConfigError, match="nothing"):

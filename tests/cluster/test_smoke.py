@@ -242,7 +242,7 @@ def test_a_failed_job_is_reported_with_its_reason(server: ApiServer, cluster: Cl
     )
 
 
-def test_a_job_that_cannot_start_ends_it_with_the_reason_and_code_6(
+def test_a_job_that_cannot_start_ends_it_with_the_reason_and_code_7(
     server: ApiServer, cluster: Cluster
 ) -> None:
     def story() -> None:

@@ -405,13 +405,13 @@ def test_the_first_code_below_128_is_the_cause_those_above_are_what_followed() -
     assert outcome_of(5, 3, finished=("2026-01-01T00:00:09Z", "2026-01-01T00:00:01Z"))[0] == 3
 
 
-def test_a_code_that_a_restart_can_mend_ends_with_7() -> None:
+def test_a_code_that_a_restart_can_mend_ends_with_8() -> None:
     code, text = outcome_of(137)
-    assert code == ExitCode.JOB == 7
+    assert code == ExitCode.JOB == 8
     assert "exited with 137 (killed)" in text
 
 
-def test_a_failed_job_without_pods_ends_with_7_and_the_operators_words() -> None:
+def test_a_failed_job_without_pods_ends_with_8_and_the_operators_words() -> None:
     code, text = outcome_of()
     assert code == ExitCode.JOB
     assert text.endswith("failed: a replica failed")

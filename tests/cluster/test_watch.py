@@ -279,7 +279,7 @@ def test_logs_prints_lines_alone(ended_job: Store, capsys: pytest.CaptureFixture
 
 def test_logs_of_a_job_whose_pods_are_gone(ended_job: Store, capsys: pytest.CaptureFixture[str]) -> None:
     ended_job.remove("Pod", POD)
-    assert run("logs", NAME) == 6
+    assert run("logs", NAME) == 7
     assert "its pods are cleaned up, their logs with them" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -354,11 +354,11 @@ def test_an_interrupt_leaves_the_job_unless_asked(server: ApiServer, kubeconfig:
     [
         (["submit", "k8s/overlays/zero9"], 2, "k8s/overlays/zero9: no such folder"),
         (["submit", str(SMOKE), "--delete_on_interrupt"], 2, "--delete_on_interrupt needs --follow"),
-        (["submit", str(SMOKE), "--context", "there"], 6, "--context there: the kubeconfig has here, bare"),
-        (["submit", str(SMOKE), "--namespace", "nowhere"], 6, "namespace nowhere does not exist"),
+        (["submit", str(SMOKE), "--context", "there"], 7, "--context there: the kubeconfig has here, bare"),
+        (["submit", str(SMOKE), "--namespace", "nowhere"], 7, "namespace nowhere does not exist"),
         (["watch"], 2, "--help"),
-        (["watch", "nothing"], 6, "no job nothing in namespace training"),
-        (["logs", "nothing"], 6, "no job nothing in namespace training"),
+        (["watch", "nothing"], 7, "no job nothing in namespace training"),
+        (["logs", "nothing"], 7, "no job nothing in namespace training"),
         (["smoke", "--minutes", "0"], 2, "--minutes must be at least 0.1, got 0"),
         (["smoke", "--overlay", str(SMOKE), "--mintes", "3"], 2, "did you mean --minutes?"),
     ],
@@ -376,9 +376,9 @@ def test_a_cluster_without_the_crd_ends_submit_in_one_line(
     server: ApiServer, kubeconfig: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     del server.resources["kubeflow.org/v1/pytorchjobs"]
-    assert run("submit", str(SMOKE)) == 6
+    assert run("submit", str(SMOKE)) == 7
     assert capsys.readouterr().err == (
-        "error: the cluster has no PyTorchJob (kubeflow.org/v1), its CRD is missing: install its operator with "
-        "`kubectl apply --server-side -k k8s/operators/training-operator`\n"
+        "error: the cluster has no PyTorchJob (kubeflow.org/v1), its CRD is missing: install its operator "
+        "with `kubectl apply --server-side -k k8s/operators/training-operator`\n"
     )
     assert len(smoke_objects()) == 3 and server.asked("PATCH", "") == []
