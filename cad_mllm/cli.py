@@ -155,15 +155,21 @@ def generate(argv: Sequence[str]) -> ExitCode:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SubmitArguments:
+class ClusterArguments:
+    """What every command that talks to a cluster takes."""
+
+    namespace: str | None = None
+    """Namespace of the job. Unset: the overlay's own, else the kubeconfig's."""
+    context: str | None = None
+    """Context of the kubeconfig. Unset: the current one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubmitArguments(ClusterArguments):
     """Send an overlay's job to a cluster: render, check what it needs, apply server-side."""
 
     overlay: Positional[Path]
     """Folder of the overlay, such as k8s/overlays/zero3."""
-    namespace: str | None = None
-    """Where it goes. Unset: the overlay's own, else the kubeconfig's."""
-    context: str | None = None
-    """Of the kubeconfig. Unset: the current one."""
     follow: bool = False
     """Show what happens and what rank 0 prints until the job ends, and exit with its result."""
     delete_on_interrupt: bool = False
@@ -192,15 +198,11 @@ def submit(argv: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WatchArguments:
+class WatchArguments(ClusterArguments):
     """Follow a job in a cluster: what happens to it and its pods, in words; exit with its result."""
 
     job: Positional[str]
     """NAME, or KIND/NAME where two kinds share it: cad-mllm-zero3, mpijob/cad-mllm-mpi-zero3."""
-    namespace: str | None = None
-    """Where it is. Unset: the kubeconfig's."""
-    context: str | None = None
-    """Of the kubeconfig. Unset: the current one."""
     delete_on_interrupt: bool = False
     """Delete the job when Ctrl-C or SIGTERM ends the following."""
 
@@ -220,15 +222,11 @@ def watch(argv: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogsArguments:
+class LogsArguments(ClusterArguments):
     """Print what rank 0 of a job prints, from its start to its end, across restarts."""
 
     job: Positional[str]
     """NAME, or KIND/NAME where two kinds share it."""
-    namespace: str | None = None
-    """Where it is. Unset: the kubeconfig's."""
-    context: str | None = None
-    """Of the kubeconfig. Unset: the current one."""
 
 
 def logs(argv: Sequence[str]) -> int:
@@ -241,15 +239,11 @@ def logs(argv: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmokeArguments:
+class SmokeArguments(ClusterArguments):
     """Run the smoke job: it must train, lose a pod, resume from its checkpoint and succeed."""
 
     overlay: Path = Path("k8s/overlays/smoke")
     """Folder of a smoke overlay: k8s/overlays/smoke (GPUs) or k8s/overlays/smoke-cpu (any cluster)."""
-    namespace: str | None = None
-    """Where it goes. Unset: the overlay's own, else the kubeconfig's."""
-    context: str | None = None
-    """Of the kubeconfig. Unset: the current one."""
     kill_pod: bool = True
     """Kill one pod after the first checkpoint; off (`--no_kill_pod`): let the job run through."""
     minutes: float = 30.0

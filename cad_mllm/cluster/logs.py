@@ -8,6 +8,7 @@ from cad_mllm.cluster.api import NOT_FOUND, PODS, ApiError, Cluster
 from cad_mllm.cluster.jobs import JobKind, Json
 
 _BAD_REQUEST = 400
+_SERVER_ERRORS = 500
 
 
 @dataclass(kw_only=True)
@@ -88,8 +89,9 @@ def _read(cluster: Cluster, pod: Json, kind: JobKind, position: LogPosition) -> 
     except ConnectionError:
         return  # broken or quiet: the caller opens it anew
     except ApiError as error:
-        # The pod went, or its container is being started, between the look and the request.
-        if error.status not in (NOT_FOUND, _BAD_REQUEST):
+        # The pod went, or its container is being started, between the look and the request; or its node
+        # does not answer the API server. The caller looks again.
+        if error.status not in (NOT_FOUND, _BAD_REQUEST) and error.status < _SERVER_ERRORS:
             raise
 
 

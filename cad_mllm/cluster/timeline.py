@@ -205,6 +205,8 @@ class Timeline:
             for key in [key for key in self._stuck if key.startswith("create")]:
                 del self._stuck[key]
         self._pods[uid] = pod
+        if deleted or pod.get("status", {}).get("phase") != "Pending":
+            self._stuck.pop(f"event {uid}", None)
         if deleted:
             self._stuck.pop(uid, None)
             self._waiting.pop(uid, None)
@@ -236,7 +238,7 @@ class Timeline:
             return []
         if note.stuck:
             uid = about.get("uid", "")
-            key = uid if uid in self._pods else f"create {name}"
+            key = f"event {uid}" if uid in self._pods else f"create {name}"
             self._stuck.setdefault(key, (now, note))
         return self._news(name, [note])
 
@@ -330,8 +332,7 @@ def _waiting_notes(pod: str, where: str, status: Json, waiting: Json) -> Iterato
             text=f"{where}: the image {image} cannot be pulled{why}: push it with `make push IMAGE= TAG=`, "
             "name it in the overlays with `make k8s-image IMAGE= TAG=`, or give the pod an imagePullSecret",
             mend=f"describe pod {pod}",
-            # The first failure may be the registry's bad moment; back-off means it failed again.
-            stuck=reason != "ErrImagePull",
+            stuck=True,
         )
     elif reason in ("CreateContainerConfigError", "CreateContainerError", "RunContainerError"):
         yield Note(

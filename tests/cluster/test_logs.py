@@ -9,7 +9,7 @@ import pytest
 from cad_mllm.cluster.api import Cluster
 from cad_mllm.cluster.jobs import KINDS
 from cad_mllm.cluster.logs import LogPosition, rank0_lines, rank0_pod
-from tests.cluster.conftest import ended_container, pod_object
+from tests.cluster.conftest import QUICK, ended_container, pod_object
 from tests.cluster.standin import ApiServer, Json, status_error
 
 PYTORCH, MPI, TRAIN, BATCH = KINDS
@@ -102,11 +102,15 @@ def test_a_replaced_pod_is_followed_on_from_its_first_line(server: ApiServer, cl
     assert reader.lines == ["world size 2", "world size 2", "resumed"]
 
 
-@pytest.mark.parametrize("status", [400, 404])
-def test_a_pod_that_goes_between_the_look_and_the_request(
-    status: int, server: ApiServer, cluster: Cluster
+@pytest.mark.parametrize(("status", "times"), [(400, 1), (404, 1), (502, QUICK.attempts)])
+def test_a_pod_or_a_node_that_goes_between_the_look_and_the_request(
+    status: int, times: int, server: ApiServer, cluster: Cluster
 ) -> None:
-    server[f"get /api/v1/namespaces/training/pods/{POD}/log"][:1] << status << status_error(status, "not now")
+    (
+        server[f"get /api/v1/namespaces/training/pods/{POD}/log"][:times]
+        << status
+        << status_error(status, "not now")
+    )
     server.store.put(pod_object(POD))
     server.store.print(POD, "hello")
     with reading(cluster) as reader:

@@ -162,7 +162,7 @@ def test_a_claim_that_does_not_exist_is_stuck() -> None:
         (
             waiting("ErrImagePull", "manifest unknown"),
             "image registry/cad-mllm:1 cannot be pulled (manifest unknown)",
-            False,
+            True,
         ),
         (waiting("ImagePullBackOff"), "image registry/cad-mllm:1 cannot be pulled: push it with", True),
         (waiting("InvalidImageName"), "cannot be pulled", True),
@@ -355,6 +355,20 @@ def test_a_pod_that_is_created_after_all_ends_the_problem_of_its_creation() -> N
     line.see_event(event_object("FailedCreatePod", FORBIDDEN.format("pytorch")), now=0)
     assert line.stuck(now=60, seconds=60) is not None
     line.see_pod(with_uid(pod_object("p")), now=61)
+    assert line.stuck(now=1000, seconds=60) is None
+
+
+def test_a_mount_that_waits_for_a_secret_is_stuck_until_the_pod_starts() -> None:
+    line = timeline()
+    line.see_job(with_conditions(("Created", "True", "")))
+    creating = with_uid(waiting("ContainerCreating"))
+    line.see_pod(creating, now=0)
+    event = event_object("FailedMount", 'secret "tls" not found', kind="Pod", name=f"{JOB}-master-0")
+    event["involvedObject"]["uid"] = "pod-uid"
+    line.see_event(event, now=1)
+    line.see_pod(creating, now=2)
+    assert line.stuck(now=61, seconds=60) is not None
+    line.see_pod(with_uid(pod_object("p")), now=62)
     assert line.stuck(now=1000, seconds=60) is None
 
 

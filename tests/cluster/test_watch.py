@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from cad_mllm.cli import main
+from cad_mllm.cli import LogsArguments, SmokeArguments, SubmitArguments, WatchArguments, main
 from cad_mllm.cluster.api import Cluster
 from cad_mllm.cluster.jobs import KINDS
 from cad_mllm.cluster.timeline import Outcome
 from cad_mllm.cluster.watch import JobRef, find_job, follow
 from cad_mllm.errors import ClusterError
+from cad_mllm.settings import flag_names
 from tests.cluster.conftest import (
     SMOKE,
     ended_container,
@@ -250,6 +251,37 @@ def run(*argv: str) -> object:
     with pytest.raises(SystemExit) as exit_request:
         main(argv)
     return exit_request.value.code
+
+
+def test_the_flags_of_the_commands_are_these() -> None:
+    """Removing or renaming one breaks somebody's pipeline."""
+    common = ["--help", "--namespace", "--context"]
+    interrupt = ["--delete_on_interrupt", "--no_delete_on_interrupt"]
+    assert {
+        command: sorted(flag_names(arguments))
+        for command, arguments in (
+            ("submit", SubmitArguments),
+            ("watch", WatchArguments),
+            ("logs", LogsArguments),
+            ("smoke", SmokeArguments),
+        )
+    } == {
+        "submit": sorted([*common, "--overlay", "--follow", "--no_follow", *interrupt]),
+        "watch": sorted([*common, "--job", *interrupt]),
+        "logs": sorted([*common, "--job"]),
+        "smoke": sorted(
+            [
+                *common,
+                "--overlay",
+                "--kill_pod",
+                "--no_kill_pod",
+                "--minutes",
+                "--keep",
+                "--no_keep",
+                "--json",
+            ]
+        ),
+    }
 
 
 @pytest.fixture
