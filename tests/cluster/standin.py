@@ -31,6 +31,7 @@ RESOURCES = {
     "v1/serviceaccounts": ("ServiceAccount", True),
     "v1/persistentvolumeclaims": ("PersistentVolumeClaim", True),
     "networking.k8s.io/v1/networkpolicies": ("NetworkPolicy", True),
+    "policy/v1/poddisruptionbudgets": ("PodDisruptionBudget", True),
     "batch/v1/jobs": ("Job", True),
     "kubeflow.org/v1/pytorchjobs": ("PyTorchJob", True),
     "kubeflow.org/v2beta1/mpijobs": ("MPIJob", True),

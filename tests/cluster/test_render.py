@@ -5,14 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from cad_mllm.cluster.preflight import references
 from cad_mllm.cluster.render import pod_templates, render, world_size
-from cad_mllm.cluster.smoke import save_steps
 from cad_mllm.errors import ConfigError, PreflightError
 from tests.cluster.conftest import SMOKE, needs_kubectl, overlay_of, smoke_job, smoke_objects
 from tests.cluster.standin import Json
-
-OVERLAYS = Path(__file__).resolve().parents[2] / "k8s" / "overlays"
 
 
 def write(folder: Path, resource: str) -> Path:
@@ -34,16 +30,6 @@ def test_an_overlay_is_its_objects_and_its_job() -> None:
 def test_the_objects_of_the_tests_are_those_that_kubectl_renders() -> None:
     rendered = sorted(render(SMOKE).objects, key=lambda item: item["kind"])
     assert rendered == sorted(smoke_objects(), key=lambda item: item["kind"])
-
-
-@needs_kubectl
-@pytest.mark.parametrize("path", sorted(OVERLAYS.glob("*smoke*")), ids=lambda path: path.name)
-def test_every_smoke_overlay_is_one_that_smoke_takes(path: Path) -> None:
-    overlay = render(path)
-    assert overlay.job["metadata"]["labels"]["app.kubernetes.io/instance"].startswith("smoke")
-    assert world_size(overlay) >= 2
-    assert save_steps(overlay) >= 1
-    assert references(overlay) == [], "it brings everything that it needs"
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
