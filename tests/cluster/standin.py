@@ -303,6 +303,7 @@ def serving(server: ApiServer) -> Iterator[str]:
             urls.append(str(http.url).rstrip("/"))
             started.set()
             await stop.wait()
+            server.watches_end_at_once = True
             server.cut()
 
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
