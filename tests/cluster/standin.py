@@ -224,7 +224,7 @@ class ApiServer(kmock.KubernetesScaffold):
         # As the kubelet does: sinceTime counts in whole seconds.
         since = request.params.get("sinceTime", "")[:19]
         while True:
-            if self.cuts != cuts:
+            if self.cuts != cuts or self.watches_end_at_once:
                 _break(request)
                 return
             now_ = self.store.get("Pod", request.name)
