@@ -350,7 +350,6 @@ def run_and_exit(body: Callable[[], int]) -> NoReturn:
     sys.exit(int(code))
 
 
-def _dispatch(argv: Sequence[str]) -> int:
 def _known_to_torch(error: Exception) -> tuple[ExitCode, str] | None:
     """Code and line for a full GPU and for a lost peer; None for everything else.
 
@@ -387,7 +386,7 @@ def _first_line(text: str) -> str:
     return text.partition("\n")[0]
 
 
-def _dispatch(argv: Sequence[str]) -> ExitCode:
+def _dispatch(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         show(_overview())
         return ExitCode.DONE if argv else ExitCode.CONFIG

@@ -16,13 +16,11 @@ class ExitCode(IntEnum):
     DATA = 3
     CHECKPOINT = 4
     PREFLIGHT = 5
+    OUT_OF_MEMORY = 6
+    """Of a GPU. A restart meets the same batch on the same GPU."""
     CLUSTER = 7
     JOB = 8
     """In a cluster: it failed, and no trainer of it gave a code that a restart cannot mend."""
-    CLUSTER = 6
-    JOB = 7
-    OUT_OF_MEMORY = 6
-    """Of a GPU. A restart meets the same batch on the same GPU."""
     STOPPED = 143
     PEER_LOST = 170
     """Another rank, or the network to it, went away."""
