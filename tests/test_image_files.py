@@ -209,5 +209,8 @@ def test_pips_settings_reach_the_build_and_local_folders_are_mounted(tmp_path: P
     assert pip_config.settings(listed) == {"cert": "/of/the/environment", "extra-index-url": "URL"}
     index = tmp_path / "index/simple"
     index.mkdir(parents=True)
-    value = f"https://elsewhere/simple file://{index} /not/there"
-    assert [pip_config.mounted(path) for path in pip_config.local_paths(value)] == [str(index.parent)]
+    value = f"https://elsewhere{index} file://{index}  {tmp_path} /not/there"
+    assert pip_config.mounts(value) == {str(index): str(index.parent), str(tmp_path): str(tmp_path)}
+    assert pip_config.moved(value) == (
+        f"https://elsewhere{index} file:///mnt/host{index} /mnt/host{tmp_path} /not/there"
+    )
