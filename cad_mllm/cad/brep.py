@@ -28,7 +28,7 @@ from OCP.gp import gp_Ax2, gp_Ax3, gp_Circ, gp_Dir, gp_Pln, gp_Pnt, gp_Vec
 from OCP.GProp import GProp_GProps
 from OCP.ShapeFix import ShapeFix_Face
 from OCP.ShapeUpgrade import ShapeUpgrade_UnifySameDomain
-from OCP.Standard import Standard_Failure, Standard_OutOfMemory
+from OCP.Standard import Standard_OutOfMemory
 from OCP.TopAbs import TopAbs_ShapeEnum
 from OCP.TopExp import TopExp_Explorer
 from OCP.TopoDS import TopoDS_Compound, TopoDS_Edge, TopoDS_Face, TopoDS_Shape, TopoDS_Wire
@@ -55,7 +55,10 @@ def kernel_errors(doing: str) -> Iterator[None]:
         yield
     except Standard_OutOfMemory as error:
         raise MemoryError(f"out of memory while {doing}") from error
-    except Standard_Failure as error:
+    except Exception as error:
+        # In C++ they are all Standard_Failure; the Python classes have no base in common but where they live.
+        if type(error).__module__.partition(".")[0] != "OCP":
+            raise
         raise CadError(
             f"the CAD kernel failed while {doing}: {type(error).__name__} {error}".rstrip()
         ) from error

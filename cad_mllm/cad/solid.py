@@ -107,7 +107,8 @@ class Solid:
     @cached_property
     def box(self) -> Box:
         """Smallest and largest corner of the exact geometry."""
-        return box_of(self._shape)
+        with kernel_errors("measuring the solid"):
+            return box_of(self._shape)
 
     @property
     def is_valid(self) -> bool:
@@ -216,7 +217,6 @@ def _built(program: CadProgram, booleans: Booleans) -> Solid:
 
 def _triangulate(bodies: Sequence[TopoDS_Shape], deflection: float, angle: float) -> _Triangulation:
     shape = compound_of(bodies)
-    size = max(b - a for a, b in zip(*box_of(shape), strict=True))
     vertices: list[FloatArray] = []
     faces: list[NDArray[np.int64]] = []
     body_V: list[NDArray[np.int64]] = []
@@ -224,6 +224,7 @@ def _triangulate(bodies: Sequence[TopoDS_Shape], deflection: float, angle: float
     cylinders: list[_Cylinder] = []
     num_vertices = 0
     with kernel_errors("triangulating the solid"):
+        size = max(b - a for a, b in zip(*box_of(shape), strict=True))
         BRepTools.Clean_s(shape)  # a triangulation that is there already is kept if it is finer
         BRepMesh_IncrementalMesh(shape, deflection * size, False, angle, False)
         for number, part in (

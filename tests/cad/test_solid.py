@@ -7,10 +7,12 @@ from pathlib import Path as FilePath
 import numpy as np
 import pytest
 import trimesh
+from OCP.Standard import Standard_ConstructionError, Standard_NullObject, Standard_OutOfRange
+from OCP.StdFail import StdFail_NotDone
 from OCP.STEPControl import STEPControl_Reader
 
 from cad_mllm.cad import omnicad, solid
-from cad_mllm.cad.brep import total
+from cad_mllm.cad.brep import kernel_errors, total
 from cad_mllm.cad.mesh import mesh_by_manifold, volume_by_manifold
 from cad_mllm.cad.normalise import normalise
 from cad_mllm.cad.program import (
@@ -234,6 +236,8 @@ UNBUILDABLE: dict[str, tuple[CadProgram, str]] = {
     "cut from nothing": (program(feature(square(), operation=CUT)), "no"),
     "nothing in common": (program(feature(square()), feature(square(1.0, 5.0), operation=INTERSECT)), "no"),
     "no profiles": (program(Extrude(XY, (), Extent(ExtentType.ONE_SIDE, 1.0), NEW)), "no"),
+    "thinner than the kernel's points": (program(feature(square(), 1e-9)), "kernel failed"),
+    "smaller than the kernel's points": (program(feature(square(4e-7), 1e-7)), "kernel failed"),
 }
 
 
@@ -242,6 +246,16 @@ def test_what_cannot_be_built_is_a_cad_error(name: str) -> None:
     model, message = UNBUILDABLE[name]
     with pytest.raises(CadError, match=message):
         solid.build(model)
+
+
+@pytest.mark.parametrize(
+    "thrown", [Standard_ConstructionError, StdFail_NotDone, Standard_NullObject, Standard_OutOfRange]
+)
+def test_whatever_the_kernel_throws_is_a_cad_error(thrown: type[Exception]) -> None:
+    with pytest.raises(CadError, match="kernel failed while drilling"), kernel_errors("drilling"):
+        raise thrown("no")
+    with pytest.raises(ZeroDivisionError), kernel_errors("drilling"):
+        raise ZeroDivisionError
 
 
 def test_an_arc_that_grazes_a_line_loses_its_sliver_only() -> None:
