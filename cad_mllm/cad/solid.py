@@ -206,8 +206,6 @@ def _built(program: CadProgram, booleans: Booleans) -> Solid:
                     bodies = booleans.cut(bodies, added, SOLID)
                 case Operation.INTERSECT:
                     bodies = booleans.common(bodies, added, SOLID)
-        if not bodies:
-            raise CadError(f"nothing solid stands after extrude {number} ({extrude.operation.value})")
     with kernel_errors("measuring the solid"):
         return Solid(bodies)
 

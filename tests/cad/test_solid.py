@@ -90,6 +90,18 @@ KNOWN = {
         (0, 0, 0),
         (4, 1, 1),
     ),
+    "all cut away, then new": (
+        program(feature(square()), feature(square(3.0, -1.0, -1.0), 2.0, CUT), feature(square(2.0, 5.0))),
+        4.0,
+        (5, 0, 0),
+        (7, 2, 1),
+    ),
+    "nothing in common, then new": (
+        program(feature(square()), feature(square(1.0, 3.0), operation=INTERSECT), feature(square(2.0, 5.0))),
+        4.0,
+        (5, 0, 0),
+        (7, 2, 1),
+    ),
     "half disc": (program(feature(HALF_DISC)), math.pi / 2, (-1, 0, 0), (1, 1, 1)),
     "arc of 270 degrees": (program(feature(PAC_MAN)), 0.75 * math.pi, (-1, -1, 0), (1, 1, 1)),
     "clockwise arc": (program(feature(MOON)), math.pi / 2 - (math.pi / 2 - 1), (-1, 0, 0), (1, 1, 1)),
