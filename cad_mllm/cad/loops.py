@@ -4,11 +4,14 @@ Array suffixes: K curves, L loops, P points, V corners of a polygon, C coordinat
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import manifold3d
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 
 from cad_mllm.cad.geometry import arc_center, arc_middle, area, reach
 from cad_mllm.cad.program import Arc, Circle, Line, Loop, Path, Profile, Vec2
@@ -18,8 +21,12 @@ FloatArray = NDArray[np.float64]
 
 GAP_TOLERANCE = 1e-3
 """Largest gap between the end points of neighbouring curves, in sizes of their loop."""
+CROSSING = 1e-2
+"""Loops may cross in their roundings: they enclose an area that differs by less than this share."""
 POINT_TOLERANCE = 1e-9
 """What is shorter or smaller than this, in sizes of its loop (squared for an area), is nothing."""
+_NEIGHBOURS = 8
+"""End points that are looked at first for one that is not used yet."""
 _SEGMENTS_PER_TURN = 64
 _PROBES = 8
 _CHUNK = 1 << 20  # cells of a point-in-polygon table that are held at a time
@@ -37,12 +44,18 @@ class OpenCurve:
         """The same points, run through the other way."""
         return OpenCurve(self.end, self.start, -self.sweep)
 
+    def either_way(self) -> "OpenCurve":
+        """One name for the curve and its reverse."""
+        return self if self.start <= self.end else self.reversed()
+
 
 def chain(curves: Sequence[OpenCurve]) -> list[Loop]:
     """Join curves, in any order and direction, into closed loops; end points are snapped together exactly.
 
-    Curves without length and loops without area are left out. Raises CadError where a gap stays open.
+    A curve that is given several times counts once. Curves without length and loops without area are left
+    out. Raises CadError where a gap stays open.
     """
+    curves = _without_repeats(curves)
     if not curves:
         return []
     loose = _LooseEnds(curves)
@@ -54,13 +67,29 @@ def chain(curves: Sequence[OpenCurve]) -> list[Loop]:
     return loops
 
 
+def _without_repeats(curves: Sequence[OpenCurve]) -> Sequence[OpenCurve]:
+    """Each curve once, and those not at all that only lead out to a free end and back."""
+    times = Counter(curve.either_way() for curve in curves)
+    if len(times) == len(curves):
+        return curves
+    kept = list(times)
+    while True:
+        ends = Counter(point for curve in kept for point in (curve.start, curve.end))
+        firm = [c for c in kept if times[c] == 1 or min(ends[c.start], ends[c.end]) > 1]
+        if len(firm) == len(kept):
+            return firm
+        kept = firm
+
+
 class _LooseEnds:
     """The curves that are not in a loop yet, found by their end points."""
 
     def __init__(self, curves: Sequence[OpenCurve]) -> None:
         self._curves = curves
         self._ends_K2C = np.array([(curve.start, curve.end) for curve in curves], dtype=np.float64)
-        self.size = float(np.ptp(self._ends_K2C.reshape(-1, 2), axis=0).max())
+        ends_PC = self._ends_K2C.reshape(-1, 2)
+        self.size = float(np.ptp(ends_PC, axis=0).max())
+        self._tree = cKDTree(ends_PC)
         lengths_K = np.linalg.norm(self._ends_K2C[:, 0] - self._ends_K2C[:, 1], axis=1)
         self._used_K = lengths_K <= POINT_TOLERANCE * self.size
         self._at: dict[Vec2, list[tuple[int, int]]] = {}
@@ -85,10 +114,17 @@ class _LooseEnds:
             here.pop()
         if here:  # in nearly all files the ends meet exactly
             return 0.0, *here[-1]
-        gap_K2 = np.linalg.norm(self._ends_K2C - np.asarray(point), axis=2)
-        gap_K2[self._used_K] = np.inf
-        index, end = divmod(int(np.argmin(gap_K2)), 2)
-        return float(gap_K2[index, end]), index, end
+        total = 2 * len(self._used_K)
+        count = min(_NEIGHBOURS, total)
+        while True:
+            found = self._tree.query(point, k=count)
+            gaps, places = np.atleast_1d(found[0]), np.atleast_1d(found[1])
+            unused = np.flatnonzero(~self._used_K[places // 2])
+            if len(unused):
+                return float(gaps[unused[0]]), *divmod(int(places[unused[0]]), 2)
+            if count == total:
+                return math.inf, 0, 0
+            count = min(4 * count, total)
 
 
 def _run(first: OpenCurve, loose: _LooseEnds, count: int) -> list[OpenCurve]:
@@ -135,10 +171,12 @@ def _as_circle(path: Path) -> Circle | None:
 
 
 def nest(loops: Sequence[Loop]) -> list[Profile]:
-    """Sort loops that do not cross into profiles, by even-odd containment.
+    """Sort loops into profiles, by even-odd containment. A loop that is given several times counts once.
 
-    Loops may touch: whether a loop lies in another is put to the vote of points along it.
+    Loops may touch: whether a loop lies in another is put to the vote of points along it. Raises CadError for
+    loops that cross.
     """
+    loops = list({_outline(loop): loop for loop in reversed(loops)}.values())[::-1]
     if not loops:
         return []
     order = sorted(range(len(loops)), key=lambda i: -abs(area(loops[i])))
@@ -163,7 +201,37 @@ def nest(loops: Sequence[Loop]) -> list[Profile]:
     for i in sorted(range(len(ranked)), key=lambda i: order[i]):
         if depths[i] % 2:
             holes[parents[i]].append(i)
-    return [Profile(ranked[i], tuple(ranked[j] for j in holes[i])) for i in outers]
+    profiles = [Profile(ranked[i], tuple(ranked[j] for j in holes[i])) for i in outers]
+    if len(loops) > 1:
+        _require_nested(profiles)
+    return profiles
+
+
+def _outline(loop: Loop) -> Circle | frozenset[OpenCurve]:
+    """The curves of a loop, wherever it starts and whichever way it runs."""
+    if isinstance(loop, Circle):
+        return loop
+    starts = [loop.start, *(segment.end for segment in loop.segments)]
+    return frozenset(
+        OpenCurve(start, segment.end, segment.sweep if isinstance(segment, Arc) else 0.0).either_way()
+        for start, segment in zip(starts, loop.segments, strict=False)
+    )
+
+
+def _require_nested(profiles: Sequence[Profile]) -> None:
+    """Refuse loops that cross: they enclose what no nesting of them does."""
+    polygons = [[_polygon(loop) for loop in (profile.outer, *profile.holes)] for profile in profiles]
+    even_odd = manifold3d.CrossSection(
+        [polygon_VC for polygons_ in polygons for polygon_VC in polygons_], manifold3d.FillRule.EvenOdd
+    ).area()
+    nested = sum(_polygon_area(outer_VC) - sum(map(_polygon_area, holes)) for outer_VC, *holes in polygons)
+    if abs(even_odd - nested) > CROSSING * max(even_odd, nested):
+        raise CadError("loops of one profile cross one another: it is not clear what they enclose")
+
+
+def _polygon_area(polygon_VC: FloatArray) -> float:
+    x_V, y_V = (polygon_VC - polygon_VC[0]).T
+    return abs(float(x_V @ np.roll(y_V, -1) - np.roll(x_V, -1) @ y_V)) / 2
 
 
 def _probes(loop: Loop) -> FloatArray:

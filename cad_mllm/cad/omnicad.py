@@ -68,6 +68,7 @@ _EXTENT_TYPES = {
     "TwoSidesFeatureExtentType": ExtentType.TWO_SIDES,
     "SymmetricFeatureExtentType": ExtentType.SYMMETRIC,
 }
+_SKETCH, _EXTRUDE = "Sketch", "ExtrudeFeature"
 _START_AT_PLANE = "ProfilePlaneStartDefinition"
 _DISTANCE = "DistanceExtentDefinition"
 _PLANAR_TOLERANCE = 1e-3
@@ -76,6 +77,8 @@ _RADIUS_TOLERANCE = 1e-2
 """How far an arc's ends may be off its radius, relative to it."""
 _ANGLE_TOLERANCE = 0.1
 """How far an arc's ends may be off its angles, radians."""
+_FULL_TURN = 1e-6
+"""Closer than this to a full turn, an arc is a circle, radians."""
 _SAME_ANGLE = 1e-3
 """Closer than this, the sweep is the file's own figure: exact for a quarter, a half."""
 
@@ -133,14 +136,28 @@ def parse(data: Mapping[str, object]) -> CadProgram:
     extrudes: list[Extrude] = []
     features = 0
     for place, item in enumerate(sequence):
-        step = _as_mapping(item, f"step {place} of the sequence")
-        if _text(step, "type", f"step {place} of the sequence") != "ExtrudeFeature":
-            continue  # sketches count where a feature uses them
+        where = f"step {place} of the sequence"
+        step = _as_mapping(item, where)
+        kind, entity = _text(step, "type", where), _text(step, "entity", where)
+        if kind == _SKETCH:
+            _entity(entities, entity, kind, where)  # what is in it counts where a feature uses it
+            continue
+        if kind != _EXTRUDE:
+            raise CadError(f"{where} is a {_shown(kind)}: only sketches and extrudes are supported")
         features += 1
         if features > MAX_FEATURES:
             raise CadError(f"the model has more than {MAX_FEATURES} extrude features")
-        extrudes += reader.feature(_text(step, "entity", f"step {place} of the sequence"))
+        extrudes += reader.feature(entity)
     return CadProgram(_standing(extrudes))
+
+
+def _entity(entities: Mapping[str, object], name: str, kind: str, where: str) -> Mapping[str, object]:
+    if name not in entities:
+        raise CadError(f"{where}: the model has no entity {_shown(name)}")
+    entity = _mapping(entities, name, where)
+    if _text(entity, "type", where) != kind:
+        raise CadError(f"{where}: {_shown(name)} is not of the type {kind}")
+    return entity
 
 
 def _standing(extrudes: list[Extrude]) -> tuple[Extrude, ...]:
@@ -162,9 +179,7 @@ class _Reader:
     def feature(self, entity: str) -> list[Extrude]:
         """The extrudes of one feature: none without profiles, several if it uses several planes."""
         where = f"feature {_shown(entity)}"
-        feature = _mapping(self.entities, entity, where)
-        if _text(feature, "type", where) != "ExtrudeFeature":
-            raise CadError(f"{where} is not of the type ExtrudeFeature")
+        feature = _entity(self.entities, entity, _EXTRUDE, where)
         name = feature.get("name")
         if isinstance(name, str):
             where = f"feature {_shown(name)} ({_shown(entity)})"
@@ -190,11 +205,13 @@ class _Reader:
 
     def _profile(self, sketch_name: str, profile_name: str, where: str) -> tuple[Plane, list[Profile]]:
         where = f"{where}, sketch {_shown(sketch_name)}"
-        sketch = _mapping(self.entities, sketch_name, where)
+        sketch = _entity(self.entities, sketch_name, _SKETCH, where)
         plane = _plane(_mapping(sketch, "transform", where), where)
         where = f"{where}, profile {_shown(profile_name)}"
         profiles = _mapping(sketch, "profiles", where)
         loops = _list(_mapping(profiles, profile_name, where), "loops", where)
+        if not loops:
+            raise CadError(f"{where} has no loops")
         if len(loops) > MAX_LOOPS:
             raise CadError(f"{where} has {len(loops)} loops: at most {MAX_LOOPS} are supported")
         found: list[Loop] = []
@@ -206,6 +223,8 @@ class _Reader:
             raise CadError(f"{where}: {error}") from error
 
     def _loops(self, curves: list[object], where: str) -> list[Loop]:
+        if not curves:
+            raise CadError(f"{where} has a loop without curves")
         self.curves += len(curves)
         if self.curves > MAX_CURVES:
             raise CadError(f"{where}: the model uses more than {MAX_CURVES} curves")
@@ -237,12 +256,14 @@ def _arc(curve: Mapping[str, object], where: str) -> Circle | OpenCurve:
     first, last = _number(curve, "start_angle", where), _number(curve, "end_angle", where)
     reference = _point(curve, "reference_vector", where)
     turn = abs(last - first)
-    if turn >= 2 * math.pi - 1e-6:
-        return Circle(center, radius)
+    if math.hypot(*reference) < 1e-9:
+        raise CadError(f"{where} has an arc whose reference vector has no length")
     if max(abs(math.dist(p, center) - radius) for p in (start, end)) > _RADIUS_TOLERANCE * radius:
         raise CadError(
             f"{where} has an arc whose end points are not at its radius {radius:g} from its centre"
         )
+    if abs(turn - 2 * math.pi) < _FULL_TURN and math.dist(start, end) < _RADIUS_TOLERANCE * radius:
+        return Circle(center, radius)
     at_start = _angle(center, start)
     to_end = (_angle(center, end) - at_start) % (2 * math.pi)
     to_middle = (math.atan2(reference[1], reference[0]) + (first + last) / 2 - at_start) % (2 * math.pi)
@@ -271,12 +292,14 @@ def _radius(curve: Mapping[str, object], where: str) -> float:
 def _plane(transform: Mapping[str, object], where: str) -> Plane:
     origin = _vector(transform, "origin", where)
     try:
-        x, y, z = (unit(_vector(transform, axis, where)) for axis in ("x_axis", "y_axis", "z_axis"))
-        normal = z
+        given = [_vector(transform, axis, where) for axis in ("x_axis", "y_axis", "z_axis")]
+        x, y, normal = (unit(axis) for axis in given)
         if abs(dot(x, normal)) > 1e-12:
             x = unit(along(x, (normal, -dot(x, normal))))
     except CadError as error:
         raise CadError(f"{where}: {error}") from error
+    if any(abs(math.hypot(*axis) - 1) > 1e-2 for axis in given):
+        raise CadError(f"{where} has axes that are not of length 1: scaled sketches are not supported")
     if abs(dot(x, y)) > 1e-2 or dot(cross(normal, x), y) < 0.99:
         raise CadError(f"{where} has axes that are no right-handed frame: y must be z x x")
     return Plane(origin, x, normal)
@@ -388,8 +411,8 @@ def to_json(program: CadProgram) -> dict[str, object]:
         sketch, feature = f"Sketch_{number}", f"Extrude_{number}"
         entities[sketch] = _sketch_json(extrude, f"Sketch {number}")
         entities[feature] = _feature_json(extrude, f"Extrude {number}", sketch)
-        sequence.append({"index": len(sequence), "type": "Sketch", "entity": sketch})
-        sequence.append({"index": len(sequence), "type": "ExtrudeFeature", "entity": feature})
+        sequence.append({"index": len(sequence), "type": _SKETCH, "entity": sketch})
+        sequence.append({"index": len(sequence), "type": _EXTRUDE, "entity": feature})
     low, high = program_box(program)
     box = {"type": "BoundingBox3D", "min_point": _xyz(low), "max_point": _xyz(high)}
     return {"entities": entities, "properties": {"bounding_box": box}, "sequence": sequence}
@@ -421,7 +444,7 @@ def _sketch_json(extrude: Extrude, name: str) -> dict[str, object]:
         }
         for number, profile in enumerate(extrude.profiles, start=1)
     }
-    return {"type": "Sketch", "name": name, "profiles": profiles, "transform": axes, "reference_plane": {}}
+    return {"type": _SKETCH, "name": name, "profiles": profiles, "transform": axes, "reference_plane": {}}
 
 
 def _curves_json(loop: Loop, normal: Vec3) -> list[dict[str, object]]:
@@ -462,7 +485,7 @@ def _feature_json(extrude: Extrude, name: str, sketch: str) -> dict[str, object]
     extent_types = {kind: text for text, kind in _EXTENT_TYPES.items()}
     profiles = [{"profile": f"Profile_{i}", "sketch": sketch} for i in range(1, len(extrude.profiles) + 1)]
     return {
-        "type": "ExtrudeFeature",
+        "type": _EXTRUDE,
         "name": name,
         "profiles": profiles,
         "operation": operations[extrude.operation],

@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import random
+import time
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -147,6 +149,50 @@ def test_a_hole_may_touch_the_outer_loop():
     assert profile.holes == (Circle((1.0, 2.0), 1.0),)
 
 
+def test_a_curve_that_is_given_twice_counts_once():
+    again = [SQUARE[1], line((4, 4), (4, 0)), SQUARE[0]]
+    for curves in (SQUARE + again, again + SQUARE, SQUARE + SQUARE):
+        (profile,) = only_extrude(model(curves)).profiles
+        assert abs(area(profile.outer)) == pytest.approx(16)
+    (profile,) = only_extrude(model([circle(2, 2, 1), circle(2, 2, 1)])).profiles
+    assert profile.outer == Circle((2.0, 2.0), 1.0)
+
+
+def test_a_line_out_to_nowhere_and_back_bounds_nothing():
+    spike = [line((4, 4), (5, 5)), line((5, 5), (6, 6)), line((6, 6), (5, 5)), line((5, 5), (4, 4))]
+    assert only_extrude(model(SQUARE + spike)) == only_extrude(model(SQUARE))
+    with pytest.raises(CadError, match="open"):
+        omnicad.parse(model(SQUARE + spike[:2]))
+
+
+def test_a_loop_that_is_given_twice_counts_once():
+    disc = [circle(2, 2, 1)]
+    turned = [*SQUARE[2:], line((4, 0), (0, 0)), SQUARE[1]]
+    assert only_extrude(model(SQUARE, disc, turned, disc)) == only_extrude(model(SQUARE, disc))
+
+
+def test_loops_that_cross_are_an_error():
+    shifted = [line((2, 2), (6, 2)), line((6, 2), (6, 6)), line((6, 6), (2, 6)), line((2, 6), (2, 2))]
+    for loops in ((SQUARE, shifted), (SQUARE, [circle(4, 2, 1)]), ([circle(0, 0, 1)], [circle(1, 0, 1)])):
+        with pytest.raises(CadError, match=r"'Extrude 1'.*cross"):
+            omnicad.parse(model(*loops))
+
+
+def test_thousands_of_curves_with_gaps_are_chained_at_once():
+    rng = random.Random(0)
+
+    def corner(i: int) -> tuple[float, float]:
+        turn = i % 9000 / 9000 * 2 * math.pi
+        return math.cos(turn) + rng.random() * 1e-9, math.sin(turn) + rng.random() * 1e-9
+
+    curves = [line(corner(i), corner(i + 1)) for i in range(9000)]
+    rng.shuffle(curves)
+    begin = time.perf_counter()
+    (profile,) = only_extrude(model(curves)).profiles
+    assert time.perf_counter() - begin < 3.0
+    assert abs(area(profile.outer)) == pytest.approx(math.pi, rel=1e-5)
+
+
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("normal_z", [1.0, -1.0])
 def test_an_arc_turns_counter_clockwise_from_its_reference_whatever_its_normal_and_end_points(
@@ -188,6 +234,9 @@ def test_arcs_that_make_up_a_circle_are_a_circle():
         (circle(0, 0, 0), "radius"),
         (arc((1, 0), (0, 1), (0, 0), (1, 0), math.pi), "radians"),
         (arc((1, 0), (0, 2), (0, 0), (1, 0), math.pi / 2), "not at its radius"),
+        (arc((1, 0), (0, 1), (0, 0), (1, 0), 2 * math.pi), "radians"),
+        (arc((1, 0), (1, 0), (0, 0), (1, 0), 4 * math.pi), "radians"),
+        (arc((1, 0), (0, 1), (0, 0), (0, 0), math.pi / 2), "reference vector"),
         (line((0, 0), (1, float("nan"))), "number"),
         (line((0, 0), (1, True)), "bool"),
         (line((0, 0), (1, 10**400)), "number"),
@@ -243,6 +292,36 @@ def with_second_feature(data: dict[str, Any], **feature: Any) -> dict[str, Any]:
     return data
 
 
+def test_a_step_that_is_neither_sketch_nor_extrude_is_an_error():
+    data = model(SQUARE)
+    data["sequence"].append({"index": 2, "type": "FilletFeature", "entity": "s"})
+    with pytest.raises(CadError, match=r"step 2.*'FilletFeature'"):
+        omnicad.parse(data)
+
+
+@pytest.mark.parametrize(
+    "kind, entity, message",
+    [
+        ("Sketch", "none", "no entity 'none'"),
+        ("ExtrudeFeature", "none", "no entity 'none'"),
+        ("Sketch", "e", "not of the type Sketch"),
+        ("ExtrudeFeature", "s", "not of the type ExtrudeFeature"),
+    ],
+)
+def test_a_step_must_name_an_entity_of_its_type(kind: str, entity: str, message: str):
+    data = model(SQUARE)
+    data["sequence"].append({"index": 2, "type": kind, "entity": entity})
+    with pytest.raises(CadError, match=message):
+        omnicad.parse(data)
+
+
+def test_a_profile_must_have_loops_and_a_loop_curves():
+    with pytest.raises(CadError, match="'p' has no loops"):
+        omnicad.parse(model())
+    with pytest.raises(CadError, match="loop without curves"):
+        omnicad.parse(model([], [circle(0, 0, 1)]))
+
+
 def test_features_without_profiles_are_skipped_but_something_must_be_left():
     data = with_second_feature(model(SQUARE), profiles=[])
     assert len(omnicad.parse(data).extrudes) == 1
@@ -283,9 +362,17 @@ def test_profiles_in_several_planes_become_extrudes_of_the_same_operation():
 
 
 @pytest.mark.parametrize(
-    "axes", [{"x_axis": xyz(0, 0)}, {"z_axis": xyz(1, 0)}, {"y_axis": xyz(0, -1)}, {"z_axis": {"x": 1.0}}]
+    "axes",
+    [
+        {"x_axis": xyz(0, 0)},
+        {"z_axis": xyz(1, 0)},
+        {"y_axis": xyz(0, -1)},
+        {"z_axis": {"x": 1.0}},
+        {"x_axis": xyz(2, 0), "y_axis": xyz(0, 2)},
+        {"z_axis": xyz(0, 0, 0.5)},
+    ],
 )
-def test_axes_must_be_a_right_handed_frame(axes: dict[str, Any]):
+def test_axes_must_be_a_right_handed_frame_of_unit_vectors(axes: dict[str, Any]):
     data = model(SQUARE)
     data["entities"]["s"]["transform"] |= axes
     with pytest.raises(CadError, match="sketch 's'"):
