@@ -62,6 +62,11 @@ class Mesh:
         corners = self.vertices[self.faces[:, 0]]
         return float(np.einsum("fc,fc->", corners, self.face_cross) / 6.0)
 
+    @property
+    def area(self) -> float:
+        """Area of the surface."""
+        return float(np.linalg.norm(self.face_cross, axis=1).sum() / 2)
+
     def sample_faces(self, n: int, seed: int) -> tuple[FloatArray, NDArray[np.int64]]:
         """Draw `n` points uniformly over the surface: (N, 3) positions and the (N,) faces they lie on.
 

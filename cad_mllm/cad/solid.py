@@ -222,7 +222,7 @@ def _triangulate(bodies: Sequence[TopoDS_Shape], deflection: float, angle: float
     cylinders: list[_Cylinder] = []
     num_vertices = 0
     with kernel_errors("triangulating the solid"):
-        size = max(b - a for a, b in zip(*box_of(shape), strict=True))
+        size, volume = max(b - a for a, b in zip(*box_of(shape), strict=True)), total(bodies)
         BRepTools.Clean_s(shape)  # a triangulation that is there already is kept if it is finer
         BRepMesh_IncrementalMesh(shape, deflection * size, False, angle, False)
         for number, part in (
@@ -245,6 +245,12 @@ def _triangulate(bodies: Sequence[TopoDS_Shape], deflection: float, angle: float
     mesh, kept_F = _merged(all_vertices, all_faces, np.concatenate(body_V), tolerance=1e-6 * size)
     if not len(mesh.faces):
         raise CadError("the solid is too thin to triangulate")
+    # Triangles that stay within the deflection of the surface can miss no more volume than this.
+    slack = deflection * size * mesh.area
+    if abs(mesh.volume - volume) > slack:
+        raise CadError(
+            f"the CAD kernel's triangles enclose a volume of {mesh.volume:g} where the solid has {volume:g}"
+        )
     return _Triangulation(mesh, np.concatenate(cylinder_F)[kept_F], tuple(cylinders))
 
 

@@ -13,6 +13,7 @@ from OCP.STEPControl import STEPControl_Reader
 
 from cad_mllm.cad import omnicad, solid
 from cad_mllm.cad.brep import kernel_errors, total
+from cad_mllm.cad.codec import decode
 from cad_mllm.cad.mesh import mesh_by_manifold, volume_by_manifold
 from cad_mllm.cad.normalise import normalise
 from cad_mllm.cad.program import (
@@ -290,6 +291,16 @@ def test_a_wrong_result_of_the_kernel_is_not_passed_on(monkeypatch: pytest.Monke
     monkeypatch.setattr(solid, "volume_by_manifold", lambda *_: 1.1)
     with pytest.raises(CadError, match=r"1\.1"):
         solid.build(CUBE)
+
+
+def test_wrong_triangles_of_the_kernel_are_not_passed_on() -> None:
+    # Drawn at random: half circles back to back, with no width between them. What the kernel makes of it has
+    # the right volume, but its triangles leave the surface.
+    text = "NZ0,303,607,0,416F192P0,157A64,0,180H958A1022,157,180V865A958,1022,180H64A0,865,180;"
+    cuts = "CZ160,463,607,533,96F192R0,0,64R0,1022,64R254,254,64R1022,0,64R1022,1022,64"
+    built = solid.build(decode(text + cuts, bits=10))
+    with pytest.raises(CadError, match="triangles enclose"):
+        built.sample(10, seed=0)
 
 
 REAL_FILES = sorted((FilePath(__file__).parents[1] / "data" / "omnicad" / "json").rglob("*.json"))
