@@ -4,6 +4,7 @@ Shapes: N points of a cloud, C = 6 channels (xyz, unit normal).
 """
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,11 @@ from cad_mllm.errors import CadError, DataError
 FloatArray = npt.NDArray[np.float32]
 
 POINT_KEYS = ("points", "xyz")
+MAX_POINTS_BYTES = 2**29
+"""Most bytes of a file of points, unpacked."""
 _WHITE = (255, 255, 255)
+_NO_RANGE = ("I", "F")
+"""Picture modes whose values have no agreed white."""
 
 
 class UnusableFileError(DataError):
@@ -59,6 +64,9 @@ def _raw_points(path: Path) -> npt.NDArray[np.generic]:
     if isinstance(loaded, np.ndarray):
         return loaded
     with loaded:
+        # A few packed kilobytes can hold more than the machine does.
+        if (size := sum(member.file_size for member in loaded.zip.infolist())) > MAX_POINTS_BYTES:
+            raise ValueError(f"{size:,} bytes when unpacked: at most {MAX_POINTS_BYTES:,} are read")
         for key in POINT_KEYS:
             if key in loaded:
                 return np.asarray(loaded[key])
@@ -86,12 +94,15 @@ def _checked_points(points: npt.NDArray[np.generic], path: Path) -> FloatArray:
 def load_image(path: Path) -> Image.Image:
     """A fully decoded RGB picture, transparent parts white; UnusableFileError for a broken or cut file."""
     try:
-        with Image.open(path) as image:
-            image.verify()
-        with Image.open(
-            path
-        ) as image:  # verify() leaves the object unusable, and does not see a missing tail
-            rgba = image.convert("RGBA")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.verify()
+            # verify() leaves the object unusable, and does not see a missing tail
+            with Image.open(path) as image:
+                if image.mode in _NO_RANGE:
+                    raise ValueError("32 bits a pixel: save it with 8 or 16")
+                rgba = image.convert("RGBA")
     except Exception as error:  # decoders raise many types on broken bytes
         raise UnusableFileError(path, f"unreadable image: {error}") from error
     picture = Image.new("RGB", rgba.size, _WHITE)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from cad_mllm.cad import codec, omnicad
 from cad_mllm.cad.normalise import normalise
+from cad_mllm.data import files
 from cad_mllm.data.index import IndexReport, load_index
 from cad_mllm.data.layout import CAPTION_KEY, Source
 from cad_mllm.errors import ConfigError, DataError
@@ -79,6 +80,14 @@ def pickled_points(folder: Folder) -> None:
     write_points(folder, np.array([{"a": 1}], dtype=object))
 
 
+def huge_image(folder: Folder) -> None:
+    Image.new("1", (10_000, 10_000)).save(folder.file("img", FAULTY))
+
+
+def image_without_white(folder: Folder) -> None:
+    Image.new("F", (8, 8)).save(folder.file("img", FAULTY), format="TIFF")
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-20])
 
@@ -108,6 +117,8 @@ BREAKS: list[tuple[str, Callable[[Folder], None]]] = [
     ("no points in the file", lambda folder: write_points(folder, cloud(rows=0))),
     ("no image", lambda folder: folder.file("img", FAULTY).unlink()),
     ("unreadable image", truncated_image),
+    ("unreadable image", huge_image),
+    ("unreadable image", image_without_white),
     ("unreadable image", lambda folder: folder.file("img", FAULTY).write_bytes(b"not a picture")),
 ]
 
@@ -131,6 +142,18 @@ def test_a_bad_sample_is_set_aside_with_its_reason(
     assert line["file"].startswith(str(folder.root))
     assert line["reason"].startswith(category)
     assert folder.ids[FAULTY] not in load_index(report.path).ids
+
+
+def test_points_that_unpack_to_more_than_the_machine_has_are_not_unpacked(
+    make_folder: MakeFolder, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_folder(2)
+    np.savez_compressed(folder.file("pcd", 1), points=np.ones((10_000, 6)))
+    assert folder.file("pcd", 1).stat().st_size < 10_000
+    assert build(folder).reasons == {}
+    monkeypatch.setattr(files, "MAX_POINTS_BYTES", 10_000)
+    os.utime(folder.file("pcd", 1), ns=(1, 1))
+    assert build(folder).reasons == {"unreadable points": 1}
 
 
 def test_points_without_normals_name_the_remedy(
