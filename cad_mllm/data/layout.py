@@ -144,13 +144,16 @@ def walk_files(root: Path) -> Iterator[tuple[str, os.stat_result]]:
 
     Hidden files (begun by a writer that was killed, or made by an operating system) are none of them.
 
-    Raises DataError for a folder that cannot be read.
+    Raises DataError for a folder that cannot be read, and for a link to a folder above it.
     """
     if root.is_file():
         yield root.name, root.stat()
         return
 
-    def walk(folder: Path, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
+    def walk(folder: Path, prefix: str, above: tuple[str, ...]) -> Iterator[tuple[str, os.stat_result]]:
+        real = os.path.realpath(folder)
+        if real in above:
+            raise DataError(f"{folder} is a link to a folder above it: remove the link")
         try:
             with os.scandir(folder) as entries:
                 listed = sorted(entries, key=lambda entry: entry.name)
@@ -158,10 +161,10 @@ def walk_files(root: Path) -> Iterator[tuple[str, os.stat_result]]:
                 if entry.name.startswith("."):
                     continue
                 if entry.is_dir():
-                    yield from walk(Path(entry.path), f"{prefix}{entry.name}/")
+                    yield from walk(Path(entry.path), f"{prefix}{entry.name}/", (*above, real))
                 elif entry.is_file():
                     yield prefix + entry.name, entry.stat()
         except OSError as error:
             raise DataError(f"cannot read {folder}: {error.strerror or error}") from error
 
-    yield from walk(root, "")
+    yield from walk(root, "", ())

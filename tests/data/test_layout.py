@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cad_mllm.config import DataConfig
-from cad_mllm.data.layout import Source, id_fault
+from cad_mllm.data.layout import Source, id_fault, walk_files
 from cad_mllm.errors import ConfigError, DataError
 
 
@@ -85,3 +85,15 @@ def test_good_ids_pass(good: str) -> None:
 @pytest.mark.parametrize("bad", ["..", "a/..", "../a", "/a", "a/", "a//b", ".", "a\\b", "a\0", "", "\ud800"])
 def test_bad_ids_are_refused(bad: str) -> None:
     assert id_fault(bad) is not None
+
+
+def test_files_are_found_through_links_but_not_around_in_circles(tmp_path: Path) -> None:
+    root = make(tmp_path, "root/0000", "elsewhere") / "root"
+    (tmp_path / "elsewhere" / "a.json").write_text("{}")
+    (root / "0001").symlink_to(tmp_path / "elsewhere")
+    (root / "0002").symlink_to(tmp_path / "elsewhere")
+    (root / "nowhere.json").symlink_to(tmp_path / "none")
+    assert [name for name, _ in walk_files(root)] == ["0001/a.json", "0002/a.json"]
+    (root / "0000" / "up").symlink_to(root)
+    with pytest.raises(DataError, match="0000/up is a link to a folder above it"):
+        list(walk_files(root))
