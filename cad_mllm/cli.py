@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from cad_mllm.errors import CadMllmError, ConfigError, ExitCode
+from cad_mllm.errors import CadMllmError, ConfigError, DataError, ExitCode
 from cad_mllm.settings import TRAIN_EXAMPLES, Positional, leaves, parse_flags, parse_train_args, show, to_flat
 
 _MAX_VIEWS = 8
@@ -77,6 +77,10 @@ def prepare(argv: Sequence[str]) -> ExitCode:
         points=arguments.points,
     )
     print_report(report, Console())
+    if report.made + report.already_there == 0:
+        raise DataError(
+            f"none of the {len(report.skipped)} models could be prepared: the table above says why"
+        )
     return ExitCode.DONE
 
 

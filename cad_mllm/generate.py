@@ -18,6 +18,7 @@ from cad_mllm.artifacts import Artifact, write_artifacts
 from cad_mllm.cad import codec, omnicad
 from cad_mllm.cad.grammar import ENDED, CommandGrammar, TokenMasker, vocabulary_bytes
 from cad_mllm.cad.program import CadProgram
+from cad_mllm.data.atomic import make_writable
 from cad_mllm.data.collate import Batch, Sample, collate, image_array, select_points
 from cad_mllm.data.files import FloatArray, load_image, load_points
 from cad_mllm.data.progress import SlowProgress
@@ -301,6 +302,7 @@ def generate_files(
 
     CadError: what came out is no program or no solid (the .txt is there to look at).
     """
+    make_writable(out, "--out")
     given = Input(caption=text, points_NC=None if points is None else load_points(points), image=image)
     generator = Generator.from_checkpoint(checkpoint)
     output = generator.generate([given], max_new_tokens)[0]

@@ -13,7 +13,7 @@ from cad_mllm.cad import codec, omnicad
 from cad_mllm.cad.grammar import CommandGrammar
 from cad_mllm.cad.program import CadProgram
 from cad_mllm.config import ModelConfig
-from cad_mllm.errors import CadError, CheckpointError, DataError
+from cad_mllm.errors import CadError, CheckpointError, ConfigError, DataError
 from cad_mllm.generate import Generator, Input, Output, find_export, generate_files, write_outputs
 from cad_mllm.model.build import build_model
 from cad_mllm.model.export import export_weights
@@ -181,3 +181,9 @@ def test_the_command_says_where_the_text_is_when_no_solid_came_out(tmp_path: Pat
             max_new_tokens=6,
         )
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"program.txt"}
+
+
+def test_an_out_that_cannot_be_written_is_named_before_any_work(tmp_path: Path, checkpoint: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--out .*file: cannot be written"):
+        generate_files(checkpoint, tmp_path / "file", text="a plate")

@@ -2,9 +2,12 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from cad_mllm.errors import ConfigError
 
 
 @contextmanager
@@ -22,6 +25,19 @@ def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_writable(folder: Path, flag: str) -> None:
+    """Make the folder, and try a write now rather than after the first work. ConfigError names the flag."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{flag} {folder}: cannot be written ({error.strerror or error}). "
+            "Name a folder on a writable volume, and check that it is mounted."
+        ) from error
 
 
 def write_json(path: Path, content: object) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from cad_mllm.cad import omnicad, synth
-from cad_mllm.data.atomic import write_json
+from cad_mllm.data.atomic import make_writable, write_json
 from cad_mllm.data.captions import SOURCE_KEY
 from cad_mllm.data.layout import CAPTION_KEY, JSON_FOLDER, TEXT_FOLDER
 from cad_mllm.data.order import stable_hash
@@ -39,7 +39,6 @@ def write_dummy_data(
     marker = root / _MARKER
     if _claimed(root, marker, wanted):
         return
-    root.mkdir(parents=True, exist_ok=True)
     write_json(marker, {**wanted, "complete": False})
     captions: dict[str, list[dict[str, str]]] = {}
     for number in range(num_samples):
@@ -67,7 +66,8 @@ def write_dummy_data(
 
 def _claimed(root: Path, marker: Path, wanted: dict[str, int]) -> bool:
     """Whether the folder is complete; ConfigError if it holds something else."""
-    if not root.exists() or not any(root.iterdir()):
+    make_writable(root, "the folder for dummy data,")
+    if all(path.name.startswith(".") for path in root.iterdir()):  # or begun and killed at once
         return False
     try:
         found = json.loads(marker.read_bytes())

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cad_mllm.cad import omnicad
 from cad_mllm.cad.normalise import Normalised, normalise
 from cad_mllm.cad.worker import run_limited
-from cad_mllm.data.atomic import atomic_path, write_json
+from cad_mllm.data.atomic import atomic_path, make_writable, write_json
 from cad_mllm.data.captions import SOURCE_KEY, TEMPLATE, template_caption
 from cad_mllm.data.files import load_points
 from cad_mllm.data.layout import (
@@ -153,7 +154,8 @@ def print_report(report: PrepareReport, console: Console) -> None:
     if report.skipped:
         reasons = Table("skipped", "reason", "seconds")
         for one in report.skipped:
-            reasons.add_row(one.id, one.reason, "" if one.seconds is None else f"{one.seconds:.1f}")
+            seconds = "" if one.seconds is None else f"{one.seconds:.1f}"
+            reasons.add_row(Text(one.id), Text(one.reason), seconds)  # as text: brackets are no markup
         console.print(reasons)
 
 
@@ -168,6 +170,7 @@ def _model_ids(json_root: Path) -> list[str]:
 
 def _claim(out: Path, settings: PrepareSettings) -> None:
     """Write the settings down, so that no later run mixes files of another kind into the folder."""
+    make_writable(out, "--out")
     path = out / _SETTINGS_FILE
     if path.is_file():
         try:
@@ -179,7 +182,6 @@ def _claim(out: Path, settings: PrepareSettings) -> None:
                 f"{out} was begun with other settings ({path}): choose another --out, or remove the folder"
             )
         return
-    out.mkdir(parents=True, exist_ok=True)
     write_json(path, asdict(settings))
 
 
@@ -244,15 +246,19 @@ CaptionFiles = dict[str, list[dict[str, Any]]]
 
 
 def _read_caption_files(root: Path) -> CaptionFiles:
+    if not root.is_dir():
+        raise DataError(f"--txt_root {root} is not a folder")
     files: CaptionFiles = {}
     for name, _ in walk_files(root):
         if not name.endswith(".json"):
             continue
         try:
             entries = json.loads((root / name).read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"captions {root / name} cannot be read: {error}") from error
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and isinstance(entry.get("id"), str) for entry in entries
+        ):
             raise DataError(f'captions {root / name} must be a list of {{"id": ..., "{CAPTION_KEY}": ...}}')
         files[name] = entries
     if not files:
@@ -271,7 +277,7 @@ def _template_files(captions: dict[str, str | None]) -> CaptionFiles:
 def _write_caption_files(folder: Path, files: CaptionFiles, made: Collection[str]) -> None:
     """Only the captions of models that are there: training counts one without a model as a fault."""
     for name, entries in files.items():
-        write_json(folder / name, [entry for entry in entries if entry.get("id") in made])
+        write_json(folder / name, [entry for entry in entries if entry["id"] in made])
 
 
 def _same_folder(one: Path, other: Path) -> bool:

@@ -1,6 +1,5 @@
 """Set-up of a training run: all that the fit loop needs, built in the order in which mistakes are cheap."""
 
-import tempfile
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cad_mllm.config import TrainConfig
+from cad_mllm.data.atomic import make_writable
 from cad_mllm.data.collate import SequenceSpec
 from cad_mllm.data.dummy import write_dummy_data
 from cad_mllm.data.index import Index, IndexReport, build_index, load_index
@@ -17,7 +17,7 @@ from cad_mllm.data.layout import Source, Split
 from cad_mllm.data.loader import eval_samples
 from cad_mllm.data.order import num_steps
 from cad_mllm.data.sequence import needed_modalities
-from cad_mllm.errors import CheckpointError, ConfigError, PreflightError
+from cad_mllm.errors import CheckpointError, PreflightError
 from cad_mllm.model.build import Built, build_model, lm_shape
 from cad_mllm.model.export import export_weights
 from cad_mllm.model.multimodal import parameter_groups
@@ -80,7 +80,7 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
     """
     stages = plan(config.curriculum)
     output_dir = config.run.output_dir
-    _make_output_dir(output_dir)
+    make_writable(output_dir, "--output_dir")
     _require_shared(output_dir, world)
     zero = _resolve_zero(config, world)
     resume = _find_checkpoint(config, world)
@@ -150,19 +150,6 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
         start=state.position if state is not None else None,
         resumed_from=resume,
     )
-
-
-def _make_output_dir(output_dir: Path) -> None:
-    """Make the folder, and try a write now rather than at the first checkpoint."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as e:
-        raise ConfigError(
-            f"--output_dir {output_dir}: cannot be written ({e.strerror or e}). "
-            f"Name a folder on a writable volume, and check that it is mounted."
-        ) from e
 
 
 def _require_shared(output_dir: Path, world: World) -> None:

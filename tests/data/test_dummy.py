@@ -64,6 +64,19 @@ def test_an_interrupted_run_is_completed(tmp_path: Path) -> None:
     assert contents(root) == whole
 
 
+@pytest.mark.usefixtures("no_worker_processes")
+def test_a_run_that_was_killed_while_it_began_is_begun_again(tmp_path: Path) -> None:
+    (tmp_path / ".dummy_data.part.json").write_text('{"num')
+    write_dummy_data(tmp_path, 1, seed=1, workers=1)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file: cannot be written"):
+        write_dummy_data(tmp_path / "file", 1, seed=1, workers=1)
+
+
 @pytest.mark.parametrize("change", [{"num_samples": 4}, {"seed": 2}])
 def test_other_data_are_not_mixed_in(change: dict[str, int], tmp_path: Path) -> None:
     root = tmp_path / "dummy"

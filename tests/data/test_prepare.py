@@ -177,9 +177,12 @@ def test_given_captions_are_taken_over(json_root: Path, tmp_path: Path) -> None:
     (texts / "0000.json").write_text(json.dumps(entries))
     run(json_root, tmp_path / "out", txt_root=texts)
     assert json.loads((tmp_path / "out" / "txt" / "0000.json").read_text()) == entries[:3]
-    (texts / "0000.json").write_text("[")
-    with pytest.raises(DataError, match="captions"):
-        run(json_root, tmp_path / "out", txt_root=texts)
+    for broken in ("[", "{}", "[3]", '[{"id": ["x"]}]', "[{}]", "[" * 100_000):
+        (texts / "0000.json").write_text(broken)
+        with pytest.raises(DataError, match="captions"):
+            run(json_root, tmp_path / "out", txt_root=texts)
+    with pytest.raises(DataError, match="--txt_root"):
+        run(json_root, tmp_path / "out", txt_root=texts / "0000.json")
 
 
 @pytest.mark.usefixtures("no_worker_processes")
@@ -206,6 +209,20 @@ def test_a_folder_without_models_is_named(make: object, tmp_path: Path) -> None:
         run(root, tmp_path / "out")
 
 
+def test_an_out_that_cannot_be_written_is_named_before_any_work(json_root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"--out .* cannot be written"):
+            run(json_root, out)
+
+
+def test_brackets_in_a_reason_are_shown_as_they_are() -> None:
+    report = PrepareReport(made=0, already_there=0, skipped=(Failed("a[/b]", "[/x] [red]", None),), seconds=0)
+    text = io.StringIO()
+    print_report(report, Console(file=text, width=120))
+    assert "a[/b]" in text.getvalue() and "[/x] [red]" in text.getvalue()
+
+
 def test_views_differ(prepared: Path) -> None:
     views = [Image.open(prepared / "img" / f"{IDS[0]}_{view:03d}.png").tobytes() for view in range(2)]
     assert views[0] != views[1]
@@ -229,6 +246,18 @@ def test_the_real_files_become_training_data(tokenizer: TextTokenizer, tmp_path:
         workers=0,
     )
     assert index.num_usable == 12
+
+
+@pytest.mark.usefixtures("no_worker_processes")
+def test_the_command_fails_if_it_made_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from cad_mllm import cli
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "torn.json").write_text("{")
+    words = ["--json_root", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    with pytest.raises(DataError, match="none of the 1 models"):
+        cli.prepare(words)
+    assert "torn" in capsys.readouterr().out
 
 
 def test_the_command_tells_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
