@@ -5,13 +5,14 @@ that costs this one item, and its worker is replaced. Processes are spawned, nev
 that has threads (torch, OpenMP, a progress bar) can deadlock the child.
 """
 
+import ctypes
 import os
 import resource
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,6 +25,9 @@ _Result = TypeVar("_Result")
 
 _QUEUED_PER_WORKER = 4
 """Items handed out ahead, so that no worker waits for this process; the rest of the iterable stays unread."""
+
+_PR_SET_PDEATHSIG = 1
+"""prctl(2): the signal to get when the parent dies."""
 
 
 def run_limited(
@@ -79,10 +83,20 @@ def _outcome(future: "Future[_Result | CadError]", seconds: float, memory_mb: in
         return CadError(f"the worker died on the model ({how})")
 
 
+def _die_with_parent() -> None:
+    """Nobody keeps the time of a worker whose parent was killed, and a later run may write its files."""
+    parent = parent_process()
+    assert parent is not None, "this is a worker"
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent.pid:  # it died before the call
+        os._exit(1)
+
+
 def _limit_worker(fn: Callable[[_Item], _Result], memory_mb: int) -> None:
     """Limit what a worker may add to what it has: receiving `fn` has just imported all that `fn` needs."""
     # Kernel code does not return to Python for minutes: only the default action stops it at once.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _die_with_parent()
     # Address space is what Linux limits reliably. Libraries map far more than they touch: count from here.
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     limit = mapped + memory_mb * 2**20

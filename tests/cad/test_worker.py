@@ -3,7 +3,10 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -63,6 +66,32 @@ def test_results_stream_and_leaving_early_ends_the_workers() -> None:
     assert not multiprocessing.active_children()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_workers_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "from cad_mllm.cad.worker import run_limited\n"
+        "from tests.cad.test_worker import pid_after\n"
+        "if __name__ == '__main__':\n"
+        "    for _, pid in run_limited(pid_after, [0.0, 60.0, 60.0], workers=1, seconds=100):\n"
+        "        print(pid, flush=True)\n"
+    )
+    root = str(Path(__file__).parents[2])
+    parent = subprocess.Popen(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": root},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    with parent.stdout:
+        assert int(parent.stdout.readline()) != parent.pid
+        parent.kill()
+        parent.wait()
+        killed = time.monotonic()
+        assert parent.stdout.read() == ""  # ends when the last process that could write is gone
+    assert time.monotonic() - killed < 30
 
 
 def test_a_long_iterable_is_read_only_as_far_as_needed() -> None:
