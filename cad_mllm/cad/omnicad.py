@@ -71,6 +71,8 @@ _EXTENT_TYPES = {
 _SKETCH, _EXTRUDE = "Sketch", "ExtrudeFeature"
 _START_AT_PLANE = "ProfilePlaneStartDefinition"
 _DISTANCE = "DistanceExtentDefinition"
+_UNIT_TOLERANCE = 1e-2
+"""How far the length of an axis or a reference vector may be off 1."""
 _PLANAR_TOLERANCE = 1e-3
 """How far a point may leave its sketch plane, relative to its distance from the origin."""
 _RADIUS_TOLERANCE = 1e-2
@@ -256,8 +258,8 @@ def _arc(curve: Mapping[str, object], where: str) -> Circle | OpenCurve:
     first, last = _number(curve, "start_angle", where), _number(curve, "end_angle", where)
     reference = _point(curve, "reference_vector", where)
     turn = abs(last - first)
-    if math.hypot(*reference) < 1e-9:
-        raise CadError(f"{where} has an arc whose reference vector has no length")
+    if abs(math.hypot(*reference) - 1) > _UNIT_TOLERANCE:
+        raise CadError(f"{where} has an arc whose reference vector is no unit vector in the sketch")
     if max(abs(math.dist(p, center) - radius) for p in (start, end)) > _RADIUS_TOLERANCE * radius:
         raise CadError(
             f"{where} has an arc whose end points are not at its radius {radius:g} from its centre"
@@ -298,7 +300,7 @@ def _plane(transform: Mapping[str, object], where: str) -> Plane:
             x = unit(along(x, (normal, -dot(x, normal))))
     except CadError as error:
         raise CadError(f"{where}: {error}") from error
-    if any(abs(math.hypot(*axis) - 1) > 1e-2 for axis in given):
+    if any(abs(math.hypot(*axis) - 1) > _UNIT_TOLERANCE for axis in given):
         raise CadError(f"{where} has axes that are not of length 1: scaled sketches are not supported")
     if abs(dot(x, y)) > 1e-2 or dot(cross(normal, x), y) < 0.99:
         raise CadError(f"{where} has axes that are no right-handed frame: y must be z x x")
