@@ -17,15 +17,13 @@ What the files really hold, as measured on real ones, and what is made of it her
 - `properties.bounding_box` is often wrong and is not read.
 """
 
-import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path as FilePath
-from typing import NoReturn, TypeVar
 
 from cad_mllm.cad.geometry import along, arc_center, cross, dot, extent_range, program_box, unit, y_axis
+from cad_mllm.cad.jsonfile import as_mapping, choice, elements, load, mapping, number, shown, text, vector
 from cad_mllm.cad.loops import OpenCurve, chain, nest
 from cad_mllm.cad.program import (
     Arc,
@@ -44,18 +42,12 @@ from cad_mllm.cad.program import (
 )
 from cad_mllm.errors import CadError
 
-MAX_FILE_BYTES = 20_000_000
-"""Larger JSON files are refused unread."""
 MAX_FEATURES = 1_000
 """Most extrude features of a model."""
 MAX_CURVES = 10_000
 """Most curves that the features of a model use, counted once per use."""
 MAX_LOOPS = 512
 """Most loops of one profile."""
-MAX_NUMBER = 1e9
-"""Largest coordinate, length or angle, in the file's unit."""
-
-_Choice = TypeVar("_Choice")
 
 _OPERATIONS = {
     "NewBodyFeatureOperation": Operation.NEW,
@@ -88,43 +80,9 @@ _SAME_ANGLE = 1e-3
 def read(path: FilePath) -> CadProgram:
     """Parse the Omni-CAD JSON file at `path`. Raises CadError, naming the file, for whatever is wrong."""
     try:
-        return parse(_load(path))
+        return parse(load(path))
     except CadError as error:
         raise CadError(f"{path}: {error}") from error
-
-
-def _load(path: FilePath) -> Mapping[str, object]:
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise CadError(
-                f"{size:,} bytes are more than the {MAX_FILE_BYTES:,} that a CAD JSON file may have"
-            )
-        text = path.read_bytes().decode("utf-8")
-        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except OSError as error:
-        raise CadError(f"cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise CadError(f"is not UTF-8 text: byte {error.start} is wrong; save it as UTF-8 JSON") from error
-    except RecursionError as error:
-        raise CadError("is nested too deep for a CAD JSON file") from error
-    except ValueError as error:  # JSONDecodeError, and integers of thousands of digits
-        raise CadError(f"is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CadError(f"holds a JSON {type(data).__name__} instead of an object with entities and sequence")
-    return data
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise CadError(f"the key {_shown(twice)} is given twice in one object")
-    return found
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise CadError(f"{name} is not a number that a CAD JSON file may hold")
 
 
 def parse(data: Mapping[str, object]) -> CadProgram:
@@ -132,20 +90,20 @@ def parse(data: Mapping[str, object]) -> CadProgram:
 
     Raises CadError, and nothing else, for whatever is not such an object: the message names the feature.
     """
-    entities = _mapping(_as_mapping(data, "the model"), "entities", "the model")
-    sequence = _list(data, "sequence", "the model")
+    entities = mapping(as_mapping(data, "the model"), "entities", "the model")
+    sequence = elements(data, "sequence", "the model")
     reader = _Reader(entities)
     extrudes: list[Extrude] = []
     features = 0
     for place, item in enumerate(sequence):
         where = f"step {place} of the sequence"
-        step = _as_mapping(item, where)
-        kind, entity = _text(step, "type", where), _text(step, "entity", where)
+        step = as_mapping(item, where)
+        kind, entity = text(step, "type", where), text(step, "entity", where)
         if kind == _SKETCH:
             _entity(entities, entity, kind, where)  # what is in it counts where a feature uses it
             continue
         if kind != _EXTRUDE:
-            raise CadError(f"{where} is a {_shown(kind)}: only sketches and extrudes are supported")
+            raise CadError(f"{where} is a {shown(kind)}: only sketches and extrudes are supported")
         features += 1
         if features > MAX_FEATURES:
             raise CadError(f"the model has more than {MAX_FEATURES} extrude features")
@@ -155,10 +113,10 @@ def parse(data: Mapping[str, object]) -> CadProgram:
 
 def _entity(entities: Mapping[str, object], name: str, kind: str, where: str) -> Mapping[str, object]:
     if name not in entities:
-        raise CadError(f"{where}: the model has no entity {_shown(name)}")
-    entity = _mapping(entities, name, where)
-    if _text(entity, "type", where) != kind:
-        raise CadError(f"{where}: {_shown(name)} is not of the type {kind}")
+        raise CadError(f"{where}: the model has no entity {shown(name)}")
+    entity = mapping(entities, name, where)
+    if text(entity, "type", where) != kind:
+        raise CadError(f"{where}: {shown(name)} is not of the type {kind}")
     return entity
 
 
@@ -180,12 +138,12 @@ class _Reader:
 
     def feature(self, entity: str) -> list[Extrude]:
         """The extrudes of one feature: none without profiles, several if it uses several planes."""
-        where = f"feature {_shown(entity)}"
+        where = f"feature {shown(entity)}"
         feature = _entity(self.entities, entity, _EXTRUDE, where)
         name = feature.get("name")
         if isinstance(name, str):
-            where = f"feature {_shown(name)} ({_shown(entity)})"
-        operation = _choice(feature, "operation", _OPERATIONS, where)
+            where = f"feature {shown(name)} ({shown(entity)})"
+        operation = choice(feature, "operation", _OPERATIONS, where)
         by_plane: dict[Plane, list[Profile]] = {}
         for sketch, profile in self._profile_names(feature, where):
             plane, profiles = self._profile(sketch, profile, where)
@@ -200,25 +158,25 @@ class _Reader:
 
     def _profile_names(self, feature: Mapping[str, object], where: str) -> list[tuple[str, str]]:
         named: dict[tuple[str, str], None] = {}
-        for item in _list(feature, "profiles", where):
-            reference = _as_mapping(item, f"a profile of {where}")
-            named[_text(reference, "sketch", where), _text(reference, "profile", where)] = None
+        for item in elements(feature, "profiles", where):
+            reference = as_mapping(item, f"a profile of {where}")
+            named[text(reference, "sketch", where), text(reference, "profile", where)] = None
         return list(named)
 
     def _profile(self, sketch_name: str, profile_name: str, where: str) -> tuple[Plane, list[Profile]]:
-        where = f"{where}, sketch {_shown(sketch_name)}"
+        where = f"{where}, sketch {shown(sketch_name)}"
         sketch = _entity(self.entities, sketch_name, _SKETCH, where)
-        plane = _plane(_mapping(sketch, "transform", where), where)
-        where = f"{where}, profile {_shown(profile_name)}"
-        profiles = _mapping(sketch, "profiles", where)
-        loops = _list(_mapping(profiles, profile_name, where), "loops", where)
+        plane = _plane(mapping(sketch, "transform", where), where)
+        where = f"{where}, profile {shown(profile_name)}"
+        profiles = mapping(sketch, "profiles", where)
+        loops = elements(mapping(profiles, profile_name, where), "loops", where)
         if not loops:
             raise CadError(f"{where} has no loops")
         if len(loops) > MAX_LOOPS:
             raise CadError(f"{where} has {len(loops)} loops: at most {MAX_LOOPS} are supported")
         found: list[Loop] = []
         for loop in loops:
-            found += self._loops(_list(_as_mapping(loop, where), "profile_curves", where), where)
+            found += self._loops(elements(as_mapping(loop, where), "profile_curves", where), where)
         try:
             return plane, nest(found)
         except CadError as error:
@@ -230,7 +188,7 @@ class _Reader:
         self.curves += len(curves)
         if self.curves > MAX_CURVES:
             raise CadError(f"{where}: the model uses more than {MAX_CURVES} curves")
-        read_curves = [_curve(_as_mapping(curve, where), where) for curve in curves]
+        read_curves = [_curve(as_mapping(curve, where), where) for curve in curves]
         circles: list[Loop] = [curve for curve in read_curves if isinstance(curve, Circle)]
         try:
             return circles + chain([curve for curve in read_curves if isinstance(curve, OpenCurve)])
@@ -239,7 +197,7 @@ class _Reader:
 
 
 def _curve(curve: Mapping[str, object], where: str) -> Circle | OpenCurve:
-    match _text(curve, "type", where):
+    match text(curve, "type", where):
         case "Line3D":
             return OpenCurve(_point(curve, "start_point", where), _point(curve, "end_point", where))
         case "Circle3D":
@@ -248,14 +206,14 @@ def _curve(curve: Mapping[str, object], where: str) -> Circle | OpenCurve:
             return _arc(curve, where)
         case other:
             raise CadError(
-                f"{where} has a curve of the type {_shown(other)}: only lines, arcs and circles are supported"
+                f"{where} has a curve of the type {shown(other)}: only lines, arcs and circles are supported"
             )
 
 
 def _arc(curve: Mapping[str, object], where: str) -> Circle | OpenCurve:
     start, end = _point(curve, "start_point", where), _point(curve, "end_point", where)
     center, radius = _point(curve, "center_point", where), _radius(curve, where)
-    first, last = _number(curve, "start_angle", where), _number(curve, "end_angle", where)
+    first, last = number(curve, "start_angle", where), number(curve, "end_angle", where)
     reference = _point(curve, "reference_vector", where)
     turn = abs(last - first)
     if abs(math.hypot(*reference) - 1) > _UNIT_TOLERANCE:
@@ -285,16 +243,16 @@ def _angle(center: Vec2, point: Vec2) -> float:
 
 
 def _radius(curve: Mapping[str, object], where: str) -> float:
-    radius = _number(curve, "radius", where)
+    radius = number(curve, "radius", where)
     if radius <= 0:
         raise CadError(f"{where} has a curve of radius {radius:g}: it must be above 0")
     return radius
 
 
 def _plane(transform: Mapping[str, object], where: str) -> Plane:
-    origin = _vector(transform, "origin", where)
+    origin = vector(transform, "origin", where)
     try:
-        given = [_vector(transform, axis, where) for axis in ("x_axis", "y_axis", "z_axis")]
+        given = [vector(transform, axis, where) for axis in ("x_axis", "y_axis", "z_axis")]
         x, y, normal = (unit(axis) for axis in given)
         if abs(dot(x, normal)) > 1e-12:
             x = unit(along(x, (normal, -dot(x, normal))))
@@ -309,12 +267,10 @@ def _plane(transform: Mapping[str, object], where: str) -> Plane:
 
 def _extent(feature: Mapping[str, object], where: str) -> Extent:
     if "start_extent" in feature:
-        start = _text(_mapping(feature, "start_extent", where), "type", where)
+        start = text(mapping(feature, "start_extent", where), "type", where)
         if start != _START_AT_PLANE:
-            raise CadError(
-                f"{where} starts at {_shown(start)}: only a start at the sketch plane is supported"
-            )
-    kind = _choice(feature, "extent_type", _EXTENT_TYPES, where)
+            raise CadError(f"{where} starts at {shown(start)}: only a start at the sketch plane is supported")
+    kind = choice(feature, "extent_type", _EXTENT_TYPES, where)
     one = _distance(feature, "extent_one", where)
     two = _distance(feature, "extent_two", where) if kind is ExtentType.TWO_SIDES else 0.0
     extent = Extent(kind, one, two)
@@ -326,78 +282,21 @@ def _extent(feature: Mapping[str, object], where: str) -> Extent:
 
 
 def _distance(feature: Mapping[str, object], key: str, where: str) -> float:
-    extent = _mapping(feature, key, where)
-    if "type" in extent and (kind := _text(extent, "type", where)) != _DISTANCE:
-        raise CadError(f"{where} has an {key} of the type {_shown(kind)}: only distances are supported")
+    extent = mapping(feature, key, where)
+    if "type" in extent and (kind := text(extent, "type", where)) != _DISTANCE:
+        raise CadError(f"{where} has an {key} of the type {shown(kind)}: only distances are supported")
     if "taper_angle" in extent:
-        taper = _number(_mapping(extent, "taper_angle", where), "value", where)
+        taper = number(mapping(extent, "taper_angle", where), "value", where)
         if abs(taper) > 1e-9:
             raise CadError(f"{where} is tapered by {taper:g} radians: tapered extrudes are not supported")
-    return _number(_mapping(extent, "distance", where), "value", where)
-
-
-def _shown(name: str) -> str:
-    """A name from the file, short and on one line."""
-    return ascii(name if len(name) <= 60 else name[:57] + "...")
-
-
-def _as_mapping(value: object, where: str) -> Mapping[str, object]:
-    if not isinstance(value, dict):
-        raise CadError(f"{where} is a {type(value).__name__} where an object is needed")
-    return value
-
-
-def _get(data: Mapping[str, object], key: str, where: str) -> object:
-    if key not in data:
-        raise CadError(f"{where} has no {_shown(key)}")
-    return data[key]
-
-
-def _mapping(data: Mapping[str, object], key: str, where: str) -> Mapping[str, object]:
-    return _as_mapping(_get(data, key, where), f"{_shown(key)} of {where}")
-
-
-def _list(data: Mapping[str, object], key: str, where: str) -> list[object]:
-    value = _get(data, key, where)
-    if not isinstance(value, list):
-        raise CadError(f"{_shown(key)} of {where} is a {type(value).__name__} where a list is needed")
-    return value
-
-
-def _text(data: Mapping[str, object], key: str, where: str) -> str:
-    value = _get(data, key, where)
-    if not isinstance(value, str):
-        raise CadError(f"{_shown(key)} of {where} is a {type(value).__name__} where a text is needed")
-    return value
-
-
-def _choice(data: Mapping[str, object], key: str, choices: Mapping[str, _Choice], where: str) -> _Choice:
-    value = _text(data, key, where)
-    if value not in choices:
-        raise CadError(f"{_shown(key)} of {where} is {_shown(value)}: supported are {', '.join(choices)}")
-    return choices[value]
-
-
-def _number(data: Mapping[str, object], key: str, where: str) -> float:
-    value = _get(data, key, where)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise CadError(f"{_shown(key)} of {where} is a {type(value).__name__} where a number is needed")
-    if not -MAX_NUMBER <= value <= MAX_NUMBER:  # false for NaN too
-        raise CadError(f"{_shown(key)} of {where} is not a number between -{MAX_NUMBER:g} and {MAX_NUMBER:g}")
-    return float(value)
-
-
-def _vector(data: Mapping[str, object], key: str, where: str) -> Vec3:
-    value = _mapping(data, key, where)
-    where = f"{_shown(key)} of {where}"
-    return _number(value, "x", where), _number(value, "y", where), _number(value, "z", where)
+    return number(mapping(extent, "distance", where), "value", where)
 
 
 def _point(data: Mapping[str, object], key: str, where: str) -> Vec2:
     """A point in the sketch's frame: its z is 0 but for rounding, and not used."""
-    x, y, z = _vector(data, key, where)
+    x, y, z = vector(data, key, where)
     if abs(z) > _PLANAR_TOLERANCE * max(abs(x), abs(y), abs(z)) and abs(z) > 1e-5:
-        raise CadError(f"{_shown(key)} of {where} is {z:g} off its sketch plane: sketches must be planar")
+        raise CadError(f"{shown(key)} of {where} is {z:g} off its sketch plane: sketches must be planar")
     return x, y
 
 
@@ -409,10 +308,10 @@ def to_json(program: CadProgram) -> dict[str, object]:
     """
     entities: dict[str, object] = {}
     sequence: list[dict[str, object]] = []
-    for number, extrude in enumerate(program.extrudes, start=1):
-        sketch, feature = f"Sketch_{number}", f"Extrude_{number}"
-        entities[sketch] = _sketch_json(extrude, f"Sketch {number}")
-        entities[feature] = _feature_json(extrude, f"Extrude {number}", sketch)
+    for place, extrude in enumerate(program.extrudes, start=1):
+        sketch, feature = f"Sketch_{place}", f"Extrude_{place}"
+        entities[sketch] = _sketch_json(extrude, f"Sketch {place}")
+        entities[feature] = _feature_json(extrude, f"Extrude {place}", sketch)
         sequence.append({"index": len(sequence), "type": _SKETCH, "entity": sketch})
         sequence.append({"index": len(sequence), "type": _EXTRUDE, "entity": feature})
     low, high = program_box(program)
@@ -437,14 +336,14 @@ def _sketch_json(extrude: Extrude, name: str) -> dict[str, object]:
         "z_axis": _xyz(plane.normal),
     }
     profiles = {
-        f"Profile_{number}": {
+        f"Profile_{place}": {
             "loops": [
                 {"is_outer": loop is profile.outer, "profile_curves": _curves_json(loop, plane.normal)}
                 for loop in (profile.outer, *profile.holes)
             ],
             "properties": {},
         }
-        for number, profile in enumerate(extrude.profiles, start=1)
+        for place, profile in enumerate(extrude.profiles, start=1)
     }
     return {"type": _SKETCH, "name": name, "profiles": profiles, "transform": axes, "reference_plane": {}}
 
@@ -455,8 +354,8 @@ def _curves_json(loop: Loop, normal: Vec3) -> list[dict[str, object]]:
         return [{"type": "Circle3D", "curve": "Curve_1", **circle}]
     curves: list[dict[str, object]] = []
     here = loop.start
-    for number, segment in enumerate(loop.segments, start=1):
-        ends = {"curve": f"Curve_{number}", "start_point": _xy0(here), "end_point": _xy0(segment.end)}
+    for place, segment in enumerate(loop.segments, start=1):
+        ends = {"curve": f"Curve_{place}", "start_point": _xy0(here), "end_point": _xy0(segment.end)}
         match segment:
             case Line():
                 curves.append({"type": "Line3D", **ends})

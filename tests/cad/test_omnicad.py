@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cad_mllm.cad import omnicad
+from cad_mllm.cad import jsonfile, omnicad
 from cad_mllm.cad.geometry import area, extrude_box, program_box
 from cad_mllm.cad.normalise import normalise
 from cad_mllm.cad.program import Arc, CadProgram, Circle, Extent, ExtentType, Extrude, Line, Operation, Path
@@ -415,7 +415,7 @@ def test_a_file_that_is_no_model_is_one_clear_error(tmp_path: FilePath, content:
 def test_a_missing_or_huge_file_is_one_clear_error(tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(CadError, match=r"none\.json: cannot be read"):
         omnicad.read(tmp_path / "none.json")
-    monkeypatch.setattr(omnicad, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(jsonfile, "MAX_FILE_BYTES", 10)
     with pytest.raises(CadError, match="bytes"):
         omnicad.read(REAL_FILES[0])
 
