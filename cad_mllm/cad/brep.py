@@ -45,6 +45,9 @@ SLIVER = 1e-2
 FLAT_SWEEP = 1e-5
 """An arc that turns by less is a line: its circle would be too large for the kernel's tolerances."""
 
+CONFUSION = 1e-6
+"""Shapes that are closer may touch: ten times what the kernel takes for one point."""
+
 SOLID, FACE = TopAbs_ShapeEnum.TopAbs_SOLID, TopAbs_ShapeEnum.TopAbs_FACE
 
 
@@ -73,10 +76,15 @@ class Booleans:
 
     fuzziness: float
 
+    @property
+    def _reach(self) -> float:
+        """How far apart boxes may be whose shapes touch: by the rounding of their sums, at the least."""
+        return self.fuzziness + CONFUSION
+
     def united(self, shapes: Sequence[TopoDS_Shape], kind: TopAbs_ShapeEnum) -> list[TopoDS_Shape]:
         """The union of solids, or of faces in one plane; the kernel sees together only what may touch."""
         result: list[TopoDS_Shape] = []
-        for cluster in _clusters(shapes):
+        for cluster in _clusters(shapes, self._reach):
             several = len(cluster) > 1
             result += self._run(BRepAlgoAPI_Fuse(), cluster[:1], cluster[1:], kind) if several else cluster
         return result
@@ -89,7 +97,11 @@ class Booleans:
         result: list[TopoDS_Shape] = []
         for shape in shapes:
             box = box_of(shape)
-            near = [tool for tool, tool_box in zip(tools, tool_boxes, strict=True) if _meet(box, tool_box)]
+            near = [
+                tool
+                for tool, tool_box in zip(tools, tool_boxes, strict=True)
+                if _meet(box, tool_box, self._reach)
+            ]
             result += self._run(BRepAlgoAPI_Cut(), [shape], near, kind) if near else [shape]
         return result
 
@@ -125,10 +137,10 @@ def _simplified(shape: TopoDS_Shape, kind: TopAbs_ShapeEnum) -> list[TopoDS_Shap
     return after if math.isclose(total(before), total(after), rel_tol=1e-6) else before
 
 
-def _clusters(bodies: Sequence[TopoDS_Shape]) -> list[list[TopoDS_Shape]]:
+def _clusters(bodies: Sequence[TopoDS_Shape], reach: float) -> list[list[TopoDS_Shape]]:
     """Group shapes that are connected through boxes that meet; order is kept."""
     boxes = [box_of(body) for body in bodies]
-    pairs = [(i, j) for i in range(len(bodies)) for j in range(i) if _meet(boxes[i], boxes[j])]
+    pairs = [(i, j) for i in range(len(bodies)) for j in range(i) if _meet(boxes[i], boxes[j], reach)]
     rows, columns = zip(*pairs, strict=True) if pairs else ((), ())
     graph = coo_array((np.ones(len(pairs)), (rows, columns)), shape=(len(bodies), len(bodies)))
     count, labels = connected_components(graph, directed=False)
@@ -137,8 +149,8 @@ def _clusters(bodies: Sequence[TopoDS_Shape]) -> list[list[TopoDS_Shape]]:
     ]
 
 
-def _meet(a: Box, b: Box) -> bool:
-    return all(a[0][i] <= b[1][i] and b[0][i] <= a[1][i] for i in range(3))
+def _meet(a: Box, b: Box, reach: float) -> bool:
+    return all(a[0][i] <= b[1][i] + reach and b[0][i] <= a[1][i] + reach for i in range(3))
 
 
 # --- sketches -> prisms ------------------------------------------------------------------------------------

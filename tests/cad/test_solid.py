@@ -156,6 +156,18 @@ def test_bodies_that_touch_are_one_and_faces_in_one_plane_are_merged() -> None:
     assert solid.build(program(feature(square()), feature(square(1.0, 3.0)))).num_bodies == 2
 
 
+@pytest.mark.parametrize(
+    "up, down, z", [(0.085, 0.076, -0.159), (0.073, 0.09, 0.368), (0.048, 0.011, -0.132)]
+)
+def test_bodies_that_touch_but_for_the_rounding_of_a_sum_are_one(up: float, down: float, z: float) -> None:
+    # One up and one down from a plane: where the lower one ends is a sum that need not give the plane again.
+    plane = replace(XY, origin=(0.0, 0.0, z))
+    both = program(feature(square(0.05), up, plane=plane), feature(square(0.05), -down, JOIN, plane=plane))
+    built = solid.build(normalise(both).program)
+    assert built.num_bodies == 1
+    assert len(built.mesh().vertices) == 8
+
+
 def test_bodies_that_touch_in_an_edge_are_each_watertight() -> None:
     corner_to_corner = Extrude(
         XY, (Profile(square()), Profile(square(1.0, 1.0, 1.0))), Extent(ExtentType.ONE_SIDE, 1.0), NEW
