@@ -274,7 +274,9 @@ def _contains(loop: Loop, points_PC: FloatArray) -> NDArray[np.bool_]:
     a_VC = _polygon(loop)
     b_VC = np.roll(a_VC, -1, axis=0)
     rise_V = b_VC[:, 1] - a_VC[:, 1]
-    slope_V = np.divide(b_VC[:, 0] - a_VC[:, 0], rise_V, out=np.zeros_like(rise_V), where=rise_V != 0)
+    # A side that all but lies along the ray rises by a rounding: none of the probes is within that.
+    level_V = np.abs(rise_V) <= POINT_TOLERANCE * np.ptp(a_VC[:, 1])
+    slope_V = np.divide(b_VC[:, 0] - a_VC[:, 0], rise_V, out=np.zeros_like(rise_V), where=~level_V)
     inside_P = np.zeros(len(points_PC), dtype=np.bool_)
     step = max(1, _CHUNK // len(a_VC))
     for begin in range(0, len(points_PC), step):

@@ -171,6 +171,13 @@ def test_a_loop_that_is_given_twice_counts_once():
     assert only_extrude(model(SQUARE, disc, turned, disc)) == only_extrude(model(SQUARE, disc))
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_side_that_rises_by_next_to_nothing_is_level():
+    tilted = [line((0, 0), (4, 5e-324)), line((4, 5e-324), (4, 4)), *SQUARE[2:]]
+    (profile,) = only_extrude(model(tilted, [circle(2, 2, 1)])).profiles
+    assert len(profile.holes) == 1
+
+
 def test_loops_that_cross_are_an_error():
     shifted = [line((2, 2), (6, 2)), line((6, 2), (6, 6)), line((6, 6), (2, 6)), line((2, 6), (2, 2))]
     for loops in ((SQUARE, shifted), (SQUARE, [circle(4, 2, 1)]), ([circle(0, 0, 1)], [circle(1, 0, 1)])):
