@@ -14,7 +14,7 @@ from cad_mllm.data.collate import Batch
 from cad_mllm.data.loader import Step, StepLoader, eval_batches
 from cad_mllm.data.order import stable_hash
 from cad_mllm.data.sequence import MODALITIES
-from cad_mllm.errors import ConfigError, ExitCode
+from cad_mllm.errors import CadMllmError, ConfigError, ExitCode
 from cad_mllm.model.multimodal import logit_positions
 from cad_mllm.train import restarts
 from cad_mllm.train.checkpoint import Position
@@ -47,6 +47,9 @@ def train(config: TrainConfig) -> ExitCode:
             try:
                 with StopSignal() as stop, _watchdog(run) as watchdog:
                     code = fit(run, stop, watchdog)
+            except CadMllmError:
+                run.writer.let_finish()
+                raise
             finally:
                 run.tracker.close()
         except Exception as error:

@@ -119,6 +119,11 @@ class CheckpointWriter:
                 f"on with --resume_from_ckpt auto."
             )
 
+    def let_finish(self) -> None:
+        """Wait for a write under way, whatever comes of it: the run is ending with an error of its own."""
+        if self._thread is not None:
+            self._thread.join()
+
     def _wait(self) -> str | None:
         """Why the last write failed, on every rank alike; None if it did not."""
         if self._thread is None:

@@ -1,6 +1,7 @@
 """What the ranks of a test do."""
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,24 @@ def train_with_nan(job: dict[str, Any]) -> list[int]:
                 codes.append(int(error.exit_code))
             run.tracker.close()
     return codes
+
+
+def train_and_fall_asleep(job: dict[str, Any]) -> None:
+    """`train_all` of one run, but rank 1 sleeps in its fourth step."""
+    torch.set_num_threads(1)
+    forward = trainer._forward
+
+    def sleepy(run: Any, batch: Any, trainable: Any) -> Any:
+        if run.world.rank == 1 and (run.config.run.output_dir / "metrics.jsonl").read_text().count("\n") >= 3:
+            falls_asleep()
+        return forward(run, batch, trainable)
+
+    trainer._forward = sleepy
+    trainer.train(parse_train_args(job["flags"]))
+
+
+def falls_asleep() -> None:
+    time.sleep(600)
 
 
 def train_with_torn_files(job: dict[str, Any]) -> list[int]:

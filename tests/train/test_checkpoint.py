@@ -1,9 +1,11 @@
 """A checkpoint is whole or not there; a damaged one is named, and a run never starts over in silence."""
 
 import json
+import os
 import shutil
+import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -154,6 +156,50 @@ def test_auto_takes_the_one_before_a_damaged_checkpoint_and_says_so(tmp_path: Pa
     damage(older)  # type: ignore[operator]
     with pytest.raises(CheckpointError, match="does not start from scratch"):
         checkpoint.find("auto", tmp_path, said.append)
+
+
+def test_a_file_cut_at_any_4_kib_border_is_noticed(tmp_path: Path) -> None:
+    older = save(small_engine(width=500), tmp_path, 1)
+    newest = save(small_engine(width=500), tmp_path, 2)
+    cuts = 0
+    for path in sorted(path for path in newest.rglob("*") if path.is_file()):
+        whole = path.read_bytes()
+        for length in range(0, len(whole), 4096):
+            path.write_bytes(whole[:length])
+            assert checkpoint.find("auto", tmp_path, lambda message: None) == older, (path, length)
+            cuts += 1
+        path.write_bytes(whole)
+    assert cuts > 8
+    assert checkpoint.find("auto", tmp_path, print) == newest
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small tmpfs needs root and the right to mount")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full_costs_a_checkpoint_and_not_the_one_before(small_disk: Path) -> None:
+    engine = small_engine(width=500)  # 3 x 10 kB of state, and the export
+    older = save(engine, small_disk, 1)
+    filler = small_disk / "filler"
+    filler.write_bytes(b"x" * (os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize - 8192))
+    writer = writer_of(engine, small_disk)
+    writer.save(at_step(2))
+    with pytest.raises(CheckpointError, match=r"[Nn]o space left"):
+        writer.finish()
+    assert checkpoint.find("auto", small_disk, print) == older
+    assert [path.name for path in (small_disk / "checkpoints").iterdir()] == [older.name]
+    filler.unlink()
+    writer.save(at_step(3))
+    writer.finish()
+    assert checkpoint.find("auto", small_disk, print) == step_folder(small_disk, 3)
 
 
 def test_auto_starts_afresh_only_where_nothing_is(tmp_path: Path) -> None:
