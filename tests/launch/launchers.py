@@ -19,9 +19,14 @@ _FOREIGN = ("PET_", "OMPI_", "CAD_MLLM_", "MASTER_", "RANK", "LOCAL_", "WORLD_SI
 def environment(**variables: object) -> dict[str, str]:
     """This one without what a launcher outside may have set, with `variables`."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(_FOREIGN)}
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return {**kept, **as_root, "PYTHONPATH": path, **{k: str(v) for k, v in variables.items()}}
+    more = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        # DeepSpeed builds its ops anew with another ninja than the one they were built with.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
+    return {**kept, **more, **{k: str(v) for k, v in variables.items()}}
 
 
 def pod(node_rank: int, *, nnodes: int, nproc: int | str, port: int, **more: object) -> dict[str, str]:
@@ -66,7 +71,7 @@ class Launcher:
         lines = path.read_text().splitlines() if path.exists() else []
         return [(line.split()[0], float(line.split()[1])) for line in lines]
 
-    def end(self, seconds: float = 30) -> tuple[int, str]:
+    def end(self, seconds: float = 60) -> tuple[int, str]:
         """(exit code, output), within the time."""
         output, _ = self.process.communicate(timeout=seconds)
         return self.process.returncode, output
@@ -97,7 +102,7 @@ def end_all() -> None:
     _started.clear()
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s in vain until {what}"

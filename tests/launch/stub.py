@@ -58,7 +58,7 @@ def trainer(flags: list[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
     if word == "parent":  # with a worker of its own, which knows of no signals
-        worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(150)"])
         (folder / f"{rank}.worker").write_text(str(worker.pid))
     if word == "orphan":  # a grandchild whose parent is gone, and which ends
         subprocess.run(["sh", "-c", "sleep 0.2 & exit 0"], check=True)
@@ -73,7 +73,7 @@ def trainer(flags: list[str]) -> int:
         return int(value)
     if word == "signal":
         os.kill(os.getpid(), int(value))
-    end = time.monotonic() + 60
+    end = time.monotonic() + 150
     while time.monotonic() < end:
         time.sleep(0.02)
         if signal.SIGTERM in got and word != "stubborn":

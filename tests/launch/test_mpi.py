@@ -190,7 +190,7 @@ def test_mpirun_hands_the_code_of_the_cause_on(job: Job, words: list[str], expec
     run = job(*words)
     code, output = run.end()
     assert code == expected, output
-    wait_until(lambda: not any(is_running(run.pid_of(rank)) for rank in (0, 1)), "the ranks are gone", 5)
+    wait_until(lambda: not any(is_running(run.pid_of(rank)) for rank in (0, 1)), "the ranks are gone")
 
 
 @needs_mpirun
@@ -214,6 +214,6 @@ def test_a_launcher_pod_that_is_killed_leaves_no_rank_behind(job: Job) -> None:
     pids = [run.pid_of(rank) for rank in (0, 1)]
     started = time.monotonic()
     send(run.process.pid, signal.SIGKILL)
-    wait_until(lambda: not any(map(is_running, pids)), "the ranks are gone", 10)
+    wait_until(lambda: not any(map(is_running, pids)), "the ranks are gone")
     assert time.monotonic() - started < 10
     run.end()

@@ -52,7 +52,7 @@ def test_two_pods_lose_one_of_them_and_go_on_to_the_end(tmp_path: Path) -> None:
     rank = child_of(second)
     second.process.kill()
     wait_until(lambda: not is_running(rank), "the rank is gone with its launcher", 10)
-    code, output = first.end(60)
+    code, output = first.end()
     assert code == ExitCode.PEER_LOST >= 128, output
     assert "[rank 0] error: another rank was lost, or the network to it" in output
     assert "--resume_from_ckpt auto" in output and "Traceback" not in output
@@ -73,7 +73,7 @@ def test_a_pod_that_loses_its_peer_ends_so_that_it_is_restarted(tmp_path: Path) 
     for rank, launcher in enumerate((first, second)):
         launcher.pid_of(rank, "met")
     second.process.kill()
-    code, output = first.end(30)
+    code, output = first.end()
     assert code == ExitCode.PEER_LOST >= 128, output
     assert "[rank 0] error: another rank was lost, or the network to it" in output
 

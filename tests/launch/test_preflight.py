@@ -162,6 +162,6 @@ def test_the_launcher_makes_these_checks_and_ends_with_5_in_one_line(tmp_path: P
     for variables, words, complaint in cases:
         visible = {} if "PATH" in variables else {"CUDA_VISIBLE_DEVICES": ""}
         run_env = {k: v for k, v in environment().items() if k != "CUDA_VISIBLE_DEVICES"}
-        code, output = start(tmp_path, *words, env={**run_env, **visible, **variables}).end(20)
+        code, output = start(tmp_path, *words, env={**run_env, **visible, **variables}).end()
         assert code == 5, output
         assert complaint in output and output.count("\n") == 1, output

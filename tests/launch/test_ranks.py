@@ -51,19 +51,19 @@ def test_each_rank_gets_its_own_environment_and_the_flags(tmp_path: Path) -> Non
 @pytest.mark.parametrize("code", [2, 3, 4, 5, 6])
 def test_a_mistake_of_the_user_on_one_rank_is_the_code_of_all(code: int, tmp_path: Path) -> None:
     run = two_ranks(tmp_path, "0=wait", f"1=exit:{code}")
-    ended, output = run.end(10)
+    ended, output = run.end()
     assert ended == code, output
     assert not is_running(run.pid_of(0))
     assert f"rank 1 ended with exit code {code}: ending the others" in output
 
 
 def test_a_mistake_wins_over_a_peer_that_fell_before_it_was_told(tmp_path: Path) -> None:
-    code, output = two_ranks(tmp_path, "0=exit:170", "1=late:4").end(10)
+    code, output = two_ranks(tmp_path, "0=exit:170", "1=late:4").end()
     assert code == 4, output
 
 
 def test_a_bug_on_one_rank_is_not_retried(tmp_path: Path) -> None:
-    code, output = two_ranks(tmp_path, "0=late:170", "1=exit:1").end(10)
+    code, output = two_ranks(tmp_path, "0=late:170", "1=exit:1").end()
     assert code == 1, output
 
 
@@ -73,15 +73,15 @@ def test_a_rank_that_is_killed_ends_all_within_seconds(number: signal.Signals, t
     pids = [run.pid_of(0), run.pid_of(1), run.pid_of(1, "worker")]
     started = time.monotonic()
     send(run.pid_of(1), number)
-    code, output = run.end(10)
+    code, output = run.end()
     assert code == 128 + number, output
-    assert time.monotonic() - started < 6
+    assert time.monotonic() - started < 15
     assert f"rank 1 was ended by {number.name} (exit code {128 + number})" in output
-    wait_until(lambda: not any(map(is_running, pids)), "ranks and their workers are gone", 5)
+    wait_until(lambda: not any(map(is_running, pids)), "ranks and their workers are gone")
 
 
 def test_a_lost_peer_elsewhere_is_retried(tmp_path: Path) -> None:
-    code, output = two_ranks(tmp_path, "0=exit:170", "1=exit:170").end(10)
+    code, output = two_ranks(tmp_path, "0=exit:170", "1=exit:170").end()
     assert code == 170, output
 
 
@@ -89,7 +89,7 @@ def test_killing_the_launcher_leaves_no_rank_behind(tmp_path: Path) -> None:
     run = two_ranks(tmp_path, "0=stubborn", "1=stubborn")
     pids = [run.pid_of(0), run.pid_of(1)]
     run.process.kill()
-    wait_until(lambda: not any(map(is_running, pids)), "the ranks are gone", 5)
+    wait_until(lambda: not any(map(is_running, pids)), "the ranks are gone")
     assert run.end()[0] == -signal.SIGKILL
 
 
@@ -100,11 +100,11 @@ def test_sigterm_reaches_all_ranks_at_once_and_ends_with_143(tmp_path: Path) -> 
     run = two_ranks(tmp_path)
     pids = [run.pid_of(0), run.pid_of(1)]
     run.process.terminate()
-    code, output = run.end(10)
+    code, output = run.end()
     assert code == 143, output
     (first, first_at), (second, second_at) = *run.signals_of(0), *run.signals_of(1)
     assert first == second == "SIGTERM"
-    assert abs(first_at - second_at) < 0.5
+    assert abs(first_at - second_at) < 2
     assert not any(map(is_running, pids))
 
 
@@ -112,7 +112,7 @@ def test_sigterm_after_one_rank_is_done_is_143_and_after_all_are_done_0(tmp_path
     run = two_ranks(tmp_path, "0=exit:0")
     run.pid_of(1)
     run.process.terminate()
-    assert run.end(10)[0] == 143
+    assert run.end()[0] == 143
     assert verdict([Ended(name="a", code=0, consequence=False)]) == 0
 
 
@@ -120,7 +120,7 @@ def test_a_rank_that_was_stopped_alone_has_the_others_stopped_too(tmp_path: Path
     run = two_ranks(tmp_path)
     run.pid_of(0)
     send(run.pid_of(1), signal.SIGTERM)
-    code, output = run.end(10)
+    code, output = run.end()
     assert code == 143, output
     assert [name for name, _ in run.signals_of(0)] == ["SIGTERM"]
 
@@ -133,7 +133,7 @@ def test_every_sigint_is_passed_on(tmp_path: Path) -> None:
         run.process.send_signal(signal.SIGINT)
         for rank in (0, 1):
             wait_until(lambda r=rank, n=count: len(run.signals_of(r)) == n, "the rank has the signal")  # type: ignore[misc]
-    code, output = run.end(10)
+    code, output = run.end()
     assert code == 130, output
 
 
@@ -141,7 +141,7 @@ def test_ranks_that_do_not_stop_in_time_are_killed_and_it_is_said(tmp_path: Path
     run = two_ranks(tmp_path, "0=stubborn", CAD_MLLM_GRACE_SECONDS="1")
     pids = [run.pid_of(0), run.pid_of(1)]
     run.process.terminate()
-    code, output = run.end(10)
+    code, output = run.end()
     assert code == 137, output
     assert "killing rank 0: time is up" in output
     assert not any(map(is_running, pids))
@@ -157,9 +157,9 @@ def test_as_pid_1_it_passes_signals_on_and_reaps_orphans(tmp_path: Path) -> None
     wait_until(lambda: len(children.read_text().split()) == 1, "unshare has its child")
     init = int(children.read_text())
     of_init = Path(f"/proc/{init}/task/{init}/children")
-    wait_until(lambda: len(of_init.read_text().split()) == 2, "only the two ranks are left", 5)
+    wait_until(lambda: len(of_init.read_text().split()) == 2, "only the two ranks are left")
     send(init, signal.SIGTERM)
-    code, output = run.end(10)
+    code, output = run.end()
     assert code == 143, output
 
 
@@ -167,7 +167,7 @@ def test_as_pid_1_it_passes_signals_on_and_reaps_orphans(tmp_path: Path) -> None
 
 
 def test_another_world_size_than_the_expected_one_is_refused(tmp_path: Path) -> None:
-    code, output = two_ranks(tmp_path, CAD_MLLM_WORLD_SIZE=4).end(10)
+    code, output = two_ranks(tmp_path, CAD_MLLM_WORLD_SIZE=4).end()
     assert code == 5
     assert output.count("\n") == 1 and "world size 2" in output and "CAD_MLLM_WORLD_SIZE says 4" in output
     assert list(tmp_path.iterdir()) == []
@@ -179,7 +179,7 @@ UNKNOWN = "cad-mllm-zero3-master-0.invalid"
 def test_the_wait_for_the_master_is_bounded_and_says_what_to_check(tmp_path: Path) -> None:
     env = pod(1, nnodes=2, nproc=1, port=1, PET_MASTER_ADDR=UNKNOWN, CAD_MLLM_DNS_SECONDS="1.5")
     started = time.monotonic()
-    code, output = start(tmp_path, env=env).end(20)
+    code, output = start(tmp_path, env=env).end()
     assert code == 5
     assert time.monotonic() - started < 10
     assert f"waiting for the name {UNKNOWN}" in output
@@ -195,9 +195,9 @@ def test_a_stop_during_the_wait_is_prompt(number: signal.Signals, expected: int,
     assert "waiting for the name" in run.process.stdout.readline()
     started = time.monotonic()
     run.process.send_signal(number)
-    code, output = run.end(10)
+    code, output = run.end()
     assert code == expected, output
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
     assert f"stopped by {number.name} before the ranks were started" in output
 
 
@@ -213,7 +213,7 @@ def test_a_stop_that_came_before_the_ranks_starts_none(tmp_path: Path) -> None:
         env=environment(**TWO),
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
     )
     assert done.returncode == 143, done.stderr
     assert list(tmp_path.iterdir()) == []
