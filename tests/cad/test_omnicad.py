@@ -194,9 +194,9 @@ def test_thousands_of_curves_with_gaps_are_chained_at_once():
 
     curves = [line(corner(i), corner(i + 1)) for i in range(9000)]
     rng.shuffle(curves)
-    begin = time.perf_counter()
+    begin = time.process_time()  # of this process: other work on the machine does not count
     (profile,) = only_extrude(model(curves)).profiles
-    assert time.perf_counter() - begin < 3.0
+    assert time.process_time() - begin < 3.0
     assert abs(area(profile.outer)) == pytest.approx(math.pi, rel=1e-5)
 
 
