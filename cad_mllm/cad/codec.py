@@ -69,8 +69,8 @@ from cad_mllm.cad.program import (
 )
 from cad_mllm.errors import CadError
 
-MAX_TEXT = 1_000_000
-"""Most characters of a text that is decoded."""
+MAX_TEXT = 400_000
+"""Most characters of a text that is decoded: more than the largest model that `omnicad` reads takes."""
 
 _LETTERS = {Operation.NEW: "N", Operation.JOIN: "J", Operation.CUT: "C", Operation.INTERSECT: "I"}
 _OPERATIONS = {letter: operation for operation, letter in _LETTERS.items()}
