@@ -453,6 +453,30 @@ def test_programs_go_to_json_and_back(program: CadProgram):
             assert a == pytest.approx(b, abs=1e-6)
 
 
+def backwards(curve: dict[str, Any]) -> dict[str, Any]:
+    if "end_point" not in curve:
+        return curve
+    return {**curve, "start_point": curve["end_point"], "end_point": curve["start_point"]}
+
+
+@settings(max_examples=25, deadline=None)
+@given(programs(), st.randoms(use_true_random=False))
+def test_the_order_the_direction_and_the_repetition_of_curves_and_loops_say_nothing(
+    program: CadProgram, rng: random.Random
+):
+    data = json.loads(json.dumps(omnicad.to_json(program)))
+    for entity in data["entities"].values():
+        for profile in entity.get("profiles", {}).values() if entity["type"] == "Sketch" else ():
+            for loop in profile["loops"]:
+                curves = loop["profile_curves"]
+                curves += rng.choices(curves, k=rng.randint(0, 3))
+                rng.shuffle(curves)
+                curves[:] = [backwards(curve) if rng.random() < 0.5 else curve for curve in curves]
+            profile["loops"] += copy.deepcopy(rng.choices(profile["loops"], k=rng.randint(0, 1)))
+            rng.shuffle(profile["loops"])
+    assert areas(omnicad.parse(data)) == pytest.approx(areas(program), rel=1e-6)
+
+
 def test_is_outer_is_written_as_it_is_meant():
     text = json.dumps(omnicad.to_json(omnicad.parse(model(SQUARE, [circle(2, 2, 1)]))))
     assert text.count('"is_outer": true') == 1
