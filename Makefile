@@ -10,8 +10,8 @@ SHELL := /bin/bash
 #   DOCKER=docker         what builds and pushes images: docker, podman or buildah
 #   IMAGE=  TAG=          the image's name; the one for the CPU is IMAGE:TAG-cpu
 #   CUDA_VERSION=         of the base images; TORCH_VERSION= and TORCH_INDEX= must go with it
-#   BUILD_BASE=  RUNTIME_BASE=  other base images
-#   IMAGE_PIP_CONFIG=FILE       pip's configuration while the image is built (an index, credentials): no layer keeps it
+#   BUILD_BASE=  RUNTIME_BASE=  other base images, both of one distribution
+#   IMAGE_PIP_CONFIG=FILE pip's configuration while the image is built (an index, credentials): no layer keeps it
 #   BUILD_OPTIONS=        anything else for the build, such as "--build-arg FLASH_ATTN_CUDA_ARCHS=80;90"
 PYTHON ?=
 TORCH_INDEX ?=

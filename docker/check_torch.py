@@ -8,7 +8,8 @@ import torch
 def complaint(accelerator: str, cuda_version: str) -> str | None:
     """What is wrong with the installed torch, with the remedy; None if nothing is."""
     built = torch.version.cuda
-    if accelerator == "cuda" and (built is None or built.split(".")[0] != cuda_version.split(".")[0]):
+    # DeepSpeed compiles its ops for no other minor version either.
+    if accelerator == "cuda" and (built is None or built.split(".")[:2] != cuda_version.split(".")[:2]):
         target = f"CUDA {built}" if built else "the CPU"
         return (
             f"error: torch {torch.__version__} is for {target}, the base image has CUDA {cuda_version}: "

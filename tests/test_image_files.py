@@ -155,7 +155,7 @@ def test_a_build_refuses_a_driver_that_its_cuda_does_not_need(
     ("accelerator", "torch_cuda", "base_cuda", "complaint"),
     [
         ("cuda", "13.0", "13.0.2", None),
-        ("cuda", "13.0", "13.1.0", None),
+        ("cuda", "13.0", "13.1.0", "the base image has CUDA 13.1.0"),
         ("cuda", "12.8", "13.0.2", "is for CUDA 12.8"),
         ("cuda", None, "13.0.2", "is for the CPU"),
         ("cpu", None, "", None),
