@@ -124,9 +124,9 @@ class RunConfig:
     logging_steps: int = 10
     """A line and a metrics record every so many optimiser steps."""
     save_steps: int = 500
-    """A checkpoint every so many optimiser steps (and at the end of each stage)."""
+    """A checkpoint, and the validation loss, every so many optimiser steps and at the end of each stage."""
     keep_last_n_checkpoints: int = 3
-    """Older step checkpoints are removed (0 keeps all); stage-end checkpoints stay."""
+    """Older step checkpoints are removed (0 keeps all); the best one (best.json) and stage ends stay."""
     resume_from_ckpt: str | None = None
     """A checkpoint folder, or `auto`: the newest complete one in the output folder, if there is any."""
     max_restarts_without_progress: int = 5

@@ -16,13 +16,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cad_mllm.data.atomic import atomic_path
 from cad_mllm.errors import CheckpointError
 from cad_mllm.train.engine import Engine
 from cad_mllm.train.optim import MOMENTS, Flat, set_step
@@ -31,6 +32,7 @@ COMPLETE = "COMPLETE"
 STATE = "state.json"
 MASTER = "master"
 TEMPORARY = ".tmp-"
+_BEST = "best.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,33 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Best:
+    """The checkpoint with the lowest validation loss of the latest stage that has one."""
+
+    stage: int
+    global_step: int
+    loss: float
+    """Mean over the modality combinations of the stage."""
+
+
+def read_best(output_dir: Path) -> Best | None:
+    """The best checkpoint so far; None if nothing was validated yet."""
+    try:
+        return Best(**json.loads((output_dir / _BEST).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None  # none yet, or torn: the next validation writes it anew
+
+
+def note_validation(output_dir: Path, at: Position, loss: float) -> None:
+    """The checkpoint at this position has this validation loss: is it the best one? (rank 0 only)"""
+    best = read_best(output_dir)
+    if best is None or at.stage > best.stage or (at.stage == best.stage and loss < best.loss):
+        found = Best(stage=at.stage, global_step=at.global_step, loss=loss)
+        with atomic_path(output_dir / _BEST) as temporary:
+            temporary.write_text(json.dumps(asdict(found)))
+
+
 def set_aside(output_dir: Path, *, after: int) -> Path | None:
     """Move what lies in `checkpoints/` behind step `after` out of the way: the run goes on without it.
 
@@ -73,6 +102,9 @@ def set_aside(output_dir: Path, *, after: int) -> Path | None:
     point, would otherwise be the newest ones for the next `auto`. Returns where they are now, None if there
     were none.
     """
+    best = read_best(output_dir)
+    if best is not None and best.global_step > after:
+        (output_dir / _BEST).unlink()
     passed_over = [folder for folder in _newest_first(output_dir) if _step_of(folder) > after]
     if not passed_over:
         return None
@@ -85,13 +117,16 @@ def set_aside(output_dir: Path, *, after: int) -> Path | None:
 
 
 def prune(output_dir: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep` step checkpoints (0 keeps all); those at stage ends stay."""
+    """Remove all but the newest `keep` step checkpoints (0: none); the best and those at stage ends stay."""
     if keep == 0:
         return
+    best = read_best(output_dir)
     candidates = [
         folder
         for folder in _newest_first(output_dir)
-        if (folder / COMPLETE).exists() and not read_state(folder).position.stage_complete
+        if (folder / COMPLETE).exists()
+        and not read_state(folder).position.stage_complete
+        and not (best is not None and _step_of(folder) == best.global_step)
     ]
     for old in candidates[keep:]:
         # Renamed first, so that a half-removed folder is never taken for a checkpoint.

@@ -16,7 +16,7 @@ from cad_mllm.data.order import stable_hash
 from cad_mllm.data.sequence import MODALITIES
 from cad_mllm.errors import CadMllmError, ConfigError, ExitCode
 from cad_mllm.model.multimodal import logit_positions
-from cad_mllm.train import restarts
+from cad_mllm.train import checkpoint, restarts
 from cad_mllm.train.checkpoint import Position
 from cad_mllm.train.distributed import world
 from cad_mllm.train.engine import reset_groups
@@ -81,7 +81,8 @@ def fit(run: Run, stop: StopSignal, watchdog: Watchdog) -> ExitCode:
             )
             run.tracker.log_step(metrics)
             sound = at if metrics.is_finite else _endure(run, metrics, sound)
-            if stopping or complete or (at.global_step % run.config.run.save_steps == 0 and sound is at):
+            due = complete or (at.global_step % run.config.run.save_steps == 0 and sound is at)
+            if due or stopping:
                 run.writer.save(at)
             if stopping and not (complete and stage is run.stages[-1]):
                 run.writer.finish()
@@ -89,7 +90,8 @@ def fit(run: Run, stop: StopSignal, watchdog: Watchdog) -> ExitCode:
                     f"stopped by a signal after step {at.global_step}; go on with --resume_from_ckpt auto"
                 )
                 return ExitCode.STOPPED
-        _validate(run, stage, at.global_step, watchdog)
+            if due and not stopping:
+                _validate(run, stage, at, watchdog)
     run.writer.finish()
     run.tracker.say(f"done: {at.global_step} steps, newest checkpoint {run.newest_checkpoint}")
     return ExitCode.DONE
@@ -214,8 +216,11 @@ def _forward(run: Run, cpu_batch: Batch, trainable: frozenset[str]) -> Tensor:
 
 
 @torch.no_grad()
-def _validate(run: Run, stage: Stage, global_step: int, watchdog: Watchdog) -> None:
-    """Loss per supervised token on the validation data, for each modality mix of the stage."""
+def _validate(run: Run, stage: Stage, at: Position, watchdog: Watchdog) -> None:
+    """Loss per supervised token on the validation data, for each modality mix of the stage.
+
+    The checkpoint of this position is the best one if no other has a lower mean of them.
+    """
     if run.validation is None:
         return
     run.engine.module.eval()
@@ -240,4 +245,6 @@ def _validate(run: Run, stage: Stage, global_step: int, watchdog: Watchdog) -> N
             watchdog.beat()
         total_loss, total_tokens = run.world.sum(loss, float(tokens))
         losses[combo] = total_loss / max(1.0, total_tokens)
-    run.tracker.log_validation(step=global_step, stage=stage.number, losses=losses)
+    run.tracker.log_validation(step=at.global_step, stage=stage.number, losses=losses)
+    if run.world.is_main:
+        checkpoint.note_validation(run.config.run.output_dir, at, sum(losses.values()) / len(losses))

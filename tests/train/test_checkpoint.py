@@ -291,6 +291,31 @@ def test_checkpoints_behind_the_start_are_moved_away_not_deleted(tmp_path: Path)
     assert checkpoint.find("auto", tmp_path, print) is None
 
 
+def test_the_best_is_kept_however_old_it_is(tmp_path: Path) -> None:
+    engine = small_engine()
+    for step, loss in ((1, 3.0), (2, 1.5), (3, 2.0), (4, 1.6)):
+        save(engine, tmp_path, step)
+        checkpoint.note_validation(tmp_path, at_step(step), loss)
+        checkpoint.prune(tmp_path, keep=1)
+    best = checkpoint.read_best(tmp_path)
+    assert best is not None and (best.global_step, best.loss) == (2, 1.5)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [step_folder(tmp_path, step).name for step in (2, 4)]
+
+
+def test_the_best_is_one_of_the_latest_stage_and_of_this_run(tmp_path: Path) -> None:
+    """Losses over other modalities do not compare; a checkpoint that was set aside is nobody's best."""
+    checkpoint.note_validation(tmp_path, at_step(5), 1.0)
+    later = Position(stage=2, step=1, global_step=9, stage_complete=False)
+    checkpoint.note_validation(tmp_path, later, 2.0)
+    best = checkpoint.read_best(tmp_path)
+    assert best is not None and best.global_step == 9
+    checkpoint.set_aside(tmp_path, after=9)
+    assert checkpoint.read_best(tmp_path) == best
+    checkpoint.set_aside(tmp_path, after=8)
+    assert checkpoint.read_best(tmp_path) is None
+
+
 def test_the_newest_n_and_the_stage_ends_are_kept(tmp_path: Path) -> None:
     engine = small_engine()
     for step in range(1, 7):
