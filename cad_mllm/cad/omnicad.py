@@ -233,6 +233,8 @@ def _arc(curve: Mapping[str, object], where: str) -> Circle | OpenCurve:
         raise CadError(
             f"{where} has an arc of {turn:.4g} radians whose end points are {abs(sweep):.4g} apart"
         )
+    if abs(to_middle - sweep / 2 % (2 * math.pi)) > _ANGLE_TOLERANCE:
+        raise CadError(f"{where} has an arc whose end points are not where its angles put them")
     if abs(abs(sweep) - turn) < _SAME_ANGLE:
         sweep = math.copysign(turn, sweep)
     return OpenCurve(start, end, sweep)

@@ -244,6 +244,7 @@ def test_arcs_that_make_up_a_circle_are_a_circle():
         (arc((1, 0), (0, 1), (0, 0), (1, 0), 2 * math.pi), "radians"),
         (arc((1, 0), (1, 0), (0, 0), (1, 0), 4 * math.pi), "radians"),
         (arc((1, 0), (0, 1), (0, 0), (0, 0), math.pi / 2), "reference vector"),
+        (arc((1, 0), (0, 1), (0, 0), (0.8, 0.6), math.pi / 2), "angles"),
         (arc((1, 0), (0, 1), (0, 0), (9, 0), math.pi / 2), "reference vector"),
         (line((0, 0), (1, float("nan"))), "number"),
         (line((0, 0), (1, True)), "bool"),
