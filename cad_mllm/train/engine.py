@@ -8,7 +8,7 @@ read below are the ones of DeepSpeed 0.19; `_flats_*` asserts what it relies on.
 import logging
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +38,12 @@ class Engine(Protocol):
         """Clip, update, clear the gradients; call after the last micro-batch. Returns the gradient norm.
 
         A norm that is not finite (on all ranks alike) means that nothing was updated.
+        """
+
+    def rehearse(self, compute_loss: Callable[[], Tensor], *, micro_batches: int) -> None:
+        """A whole optimiser step that changes nothing, for the memory that it takes (on all ranks alike).
+
+        Its gradients are made NaN, so it is skipped as every step with such gradients is.
         """
 
     def refresh(self) -> None:
@@ -115,6 +121,12 @@ class PlainEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def rehearse(self, compute_loss: Callable[[], Tensor], *, micro_batches: int) -> None:
+        """See `Engine.rehearse`."""
+        for _ in range(micro_batches):
+            self.backward(compute_loss() * math.nan)
+        self.step({})
+
     @torch.no_grad()
     def refresh(self) -> None:
         """See `Engine.refresh`."""
@@ -153,6 +165,7 @@ class ZeroEngine:
         self._stage = zero.stage
         accumulation = zero.config["gradient_accumulation_steps"]
         assert isinstance(accumulation, int)
+        self._accumulation = accumulation
         # DeepSpeed divides by the micro-batches of a step and averages over ranks; we want the sum.
         self._loss_scale = accumulation * world.size
         comms_logger = deepspeed.comm.comm.comms_logger
@@ -174,6 +187,15 @@ class ZeroEngine:
         _set_learning_rates(self.optimizer, learning_rates)
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
+
+    def rehearse(self, compute_loss: Callable[[], Tensor], *, micro_batches: int) -> None:
+        """See `Engine.rehearse`; between two steps only."""
+        assert self._engine.micro_steps % self._accumulation == 0, "rehearse() in the middle of a step"
+        # These stand for all micro-batches of the step: the others count as done.
+        self._engine.micro_steps += self._accumulation - micro_batches
+        for _ in range(micro_batches):
+            self.backward(compute_loss() * math.nan)
+        self._engine.step()
 
     @torch.no_grad()
     def refresh(self) -> None:

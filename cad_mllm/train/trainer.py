@@ -15,18 +15,17 @@ from cad_mllm.data.loader import Step, StepLoader, eval_batches
 from cad_mllm.data.order import stable_hash
 from cad_mllm.data.sequence import MODALITIES
 from cad_mllm.errors import CadMllmError, ConfigError, ExitCode
-from cad_mllm.model.multimodal import logit_positions
 from cad_mllm.train import checkpoint, restarts
 from cad_mllm.train.checkpoint import Position
 from cad_mllm.train.distributed import world
 from cad_mllm.train.engine import reset_groups
+from cad_mllm.train.rehearsal import PROJECTORS, micro_batch_loss, rehearse_largest
 from cad_mllm.train.run import Run, prepare_run
-from cad_mllm.train.stages import IMAGE_PROJECTOR, POINT_PROJECTOR, Stage, entering, learning_rates
+from cad_mllm.train.stages import Stage, entering, learning_rates
 from cad_mllm.train.stop import StopSignal
 from cad_mllm.train.tracking import StepMetrics
 from cad_mllm.train.watchdog import Watchdog
 
-_PROJECTORS = frozenset({POINT_PROJECTOR, IMAGE_PROJECTOR})
 _MAX_SKIPPED_IN_A_ROW = 5
 """More steps without a finite loss and gradient in a row are no accident."""
 _PROFILED_STEP = 1
@@ -46,6 +45,9 @@ def train(config: TrainConfig) -> ExitCode:
             run = prepare_run(config, ranks)
             try:
                 with StopSignal() as stop, _watchdog(run) as watchdog:
+                    if ranks.device.type == "cuda":
+                        rehearse(run)
+                        watchdog.beat()
                     code = fit(run, stop, watchdog)
             except CadMllmError:
                 run.writer.let_finish()
@@ -95,6 +97,29 @@ def fit(run: Run, stop: StopSignal, watchdog: Watchdog) -> ExitCode:
     run.writer.finish()
     run.tracker.say(f"done: {at.global_step} steps, newest checkpoint {run.newest_checkpoint}")
     return ExitCode.DONE
+
+
+def rehearse(run: Run) -> None:
+    """Run out of GPU memory now rather than hours later: the largest batch that the data can make.
+
+    On CUDA only: where a CPU's memory ends, the kernel ends the process, and nobody could say why.
+    """
+    remaining = _remaining(run)
+    if not remaining:
+        return
+    stage, _, _ = remaining[0]
+    prompts, targets = run.index.num_prompt_tokens, run.index.num_target_tokens
+    rehearse_largest(
+        run.engine,
+        run.built.encoders,
+        run.spec,
+        run.config.optim,
+        run.world.device,
+        modalities=run.index.needs,
+        trainable=stage.trains & PROJECTORS,
+        prompt_tokens=int(prompts.min()),
+        text_tokens=int((prompts + targets).max()),
+    )
 
 
 def _endure(run: Run, metrics: StepMetrics, sound: Position) -> Position:
@@ -172,7 +197,7 @@ def _train_step(
     for batch in step.micro_batches:
         if profiled and batch is step.micro_batches[-1]:  # measuring is slow: one micro-batch is enough
             run.engine.profile_communication(True)
-        part = _forward(run, batch, stage.trains & _PROJECTORS) / max(1, supervised_tokens)
+        part = _forward(run, batch, stage.trains & PROJECTORS) / max(1, supervised_tokens)
         # A loss that is not finite can have gradients that are: made NaN, they tell all ranks to skip.
         run.engine.backward(part * torch.where(part.detach().isfinite(), 1.0, torch.nan))
         loss += part.detach()
@@ -199,20 +224,9 @@ def _train_step(
 
 def _forward(run: Run, cpu_batch: Batch, trainable: frozenset[str]) -> Tensor:
     """Summed loss of a micro-batch: frozen encoders first, then the engine's module."""
-    positions = logit_positions(cpu_batch.labels_BT).to(run.world.device)
-    batch = cpu_batch.to(run.world.device)
-    loss: Tensor = run.engine.module(
-        batch.tokens_BT,
-        batch.attention_mask_BT,
-        batch.labels_BT,
-        run.built.encoders.encode_images(batch.images_NCHW),
-        batch.image_rows,
-        run.built.encoders.encode_points(batch.points_MPC),
-        batch.point_rows,
-        trainable=trainable,
-        logit_positions_S=positions,
+    return micro_batch_loss(
+        run.engine.module, run.built.encoders, cpu_batch, run.world.device, trainable=trainable
     )
-    return loss
 
 
 @torch.no_grad()

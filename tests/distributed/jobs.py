@@ -111,3 +111,20 @@ def refused_in_own_folders(flags: list[str]) -> str:
     except CadMllmError as error:
         return f"{int(error.exit_code)} {error}"
     return ""
+
+
+def train_with_and_without_rehearsal(pairs: list[list[list[str]]]) -> list[int]:
+    """Pairs of runs in one process group; the second of each computes the largest batch first, as on GPUs."""
+    torch.set_num_threads(1)
+    configs = [[parse_train_args(flags) for flags in pair] for pair in pairs]
+    codes = []
+    with world(configs[0][0].run) as ranks:
+        for straight, rehearsed in configs:
+            for config in (straight, rehearsed):
+                run = prepare_run(config, ranks)
+                if config is rehearsed:
+                    trainer.rehearse(run)
+                with StopSignal() as stop, Watchdog(600, config.run.output_dir, ranks.rank) as watchdog:
+                    codes.append(int(fit(run, stop, watchdog)))
+                run.tracker.close()
+    return codes
