@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from cad_mllm.errors import CadMllmError, ConfigError, DataError, ExitCode
-from cad_mllm.settings import TRAIN_EXAMPLES, Positional, leaves, parse_flags, parse_train_args, show, to_flat
+from cad_mllm.settings import (
+    TRAIN_EXAMPLES,
+    Positional,
+    leaves,
+    parse_doctor_args,
+    parse_flags,
+    parse_train_args,
+    show,
+    to_flat,
+)
 
 _MAX_VIEWS = 8
 _INTERRUPTED = 130
@@ -30,6 +39,14 @@ def train(argv: Sequence[str], prog: str = "cad-mllm train") -> ExitCode:
     from cad_mllm.train.trainer import train as train_curriculum
 
     return train_curriculum(config)
+
+
+def doctor(argv: Sequence[str]) -> ExitCode:
+    """Check that the machines can run a training; takes its flags."""
+    config, json_file = parse_doctor_args(argv, prog="cad-mllm doctor")
+    from cad_mllm.train.doctor import examine
+
+    return examine(config, json_file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +316,7 @@ def show_config(argv: Sequence[str]) -> ExitCode:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
+    "doctor": doctor,
     "prepare": prepare,
     "make-dummy": make_dummy,
     "generate": generate,
@@ -317,8 +335,18 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def train_main() -> NoReturn:
-    """Entry of `cad_mllm/train_curriculum.py`: never returns."""
-    run_and_exit(lambda: train(sys.argv[1:], prog="train_curriculum.py"))
+    """Entry of `cad_mllm/train_curriculum.py`: never returns.
+
+    `doctor` before the flags examines instead of training, so that whatever launches the ranks of a training
+    can launch those of its examination.
+    """
+    argv = sys.argv[1:]
+    # The deepspeed launcher puts a --local_rank of its own in front.
+    first = next((word for word in argv if not word.startswith(("--local_rank=", "--local-rank="))), None)
+    if first == "doctor":
+        argv.remove(first)
+        run_and_exit(lambda: doctor(argv))
+    run_and_exit(lambda: train(argv, prog="train_curriculum.py"))
 
 
 def run_and_exit(body: Callable[[], int]) -> NoReturn:

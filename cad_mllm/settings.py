@@ -36,6 +36,15 @@ examples:
       --train_data_path data/omnicad --output_dir outputs/lora
 """
 
+DOCTOR_EXAMPLES = """\
+examples:
+  # this machine alone, for the run that these flags describe
+  cad-mllm doctor --config configs/train/qwen3-8b-lora.yaml
+  # all ranks together, with the measured all-gather and the largest batch
+  torchrun --nproc_per_node=4 cad_mllm/train_curriculum.py doctor --config configs/train/qwen3-8b-lora.yaml \\
+      --deepspeed --deepspeed_config configs/deepspeed/ds_zero3_config.json --json doctor.json
+"""
+
 _ANY = math.inf
 # Inclusive bounds of the numbers; the types are the dataclasses' own business.
 _BOUNDS: dict[str, tuple[float, float]] = {
@@ -74,19 +83,42 @@ class _TrainArguments(TrainConfig):
     """YAML file of flag names and values; flags given on the command line win over it."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _DoctorArguments(_TrainArguments):
+    """Check that the machines can run a training, given its flags; exit 5 if they cannot."""
+
+    json: Path | None = None
+    """File for the findings and the facts behind them, as JSON."""
+
+
+A = TypeVar("A", bound=_TrainArguments)
+
+
 def parse_train_args(argv: Sequence[str], prog: str = "train_curriculum.py") -> TrainConfig:
     """Flags over the YAML file that `--config` names over the defaults.
 
     Raises ConfigError for an unknown flag or key, a bad value, or a file that is not there.
     `--help` prints and raises SystemExit(0).
     """
+    return _parse_over_yaml(_TrainArguments, argv, prog, TRAIN_EXAMPLES)[0]
+
+
+def parse_doctor_args(argv: Sequence[str], prog: str) -> tuple[TrainConfig, Path | None]:
+    """Training flags as in `parse_train_args`, and where the report goes (`--json`)."""
+    config, parsed = _parse_over_yaml(_DoctorArguments, argv, prog, DOCTOR_EXAMPLES)
+    return config, parsed.json
+
+
+def _parse_over_yaml(
+    arguments: type[A], argv: Sequence[str], prog: str, examples: str
+) -> tuple[TrainConfig, A]:
     config_path = _find_config_path(argv)
     base = TrainConfig() if config_path is None else read_yaml(config_path)
-    default = _TrainArguments(config=config_path, **_sections(base))
-    parsed = parse_flags(_TrainArguments, argv, prog=prog, examples=TRAIN_EXAMPLES, default=default)
+    default = arguments(config=config_path, **_sections(base))
+    parsed = parse_flags(arguments, argv, prog=prog, examples=examples, default=default)
     config = TrainConfig(**_sections(parsed))
     _check(config)
-    return config
+    return config, parsed
 
 
 def parse_flags(

@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cad_mllm import cli
 from cad_mllm.cli import COMMANDS, main, run_and_exit
 from cad_mllm.config import TrainConfig
 from cad_mllm.errors import CadError, CheckpointError, ConfigError, DataError, ExitCode, PreflightError
@@ -375,6 +376,27 @@ def test_mistakes_in_the_other_commands(
     stderr = capsys.readouterr().err
     assert expected in stderr
     assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "command", "passed"),
+    [
+        (["doctor", "--seed", "1"], "doctor", ["--seed", "1"]),
+        (["--local_rank=1", "doctor", "--seed", "1"], "doctor", ["--local_rank=1", "--seed", "1"]),
+        (["--wandb_run_name", "doctor"], "train", ["--wandb_run_name", "doctor"]),
+        ([], "train", []),
+    ],
+)
+def test_what_launches_a_training_launches_its_examination(
+    argv: list[str], command: str, passed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[tuple[str, list[str]]] = []
+    for name in ("doctor", "train"):
+        monkeypatch.setattr(cli, name, lambda argv, prog="", name=name: called.append((name, argv)) or 0)
+    monkeypatch.setattr(sys, "argv", ["train_curriculum.py", *argv])
+    with pytest.raises(SystemExit):
+        cli.train_main()
+    assert called == [(command, passed)]
 
 
 # --- help ------------------------------------------------------------------------------------------

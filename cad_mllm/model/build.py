@@ -93,7 +93,7 @@ def torch_dtype(config: ModelConfig) -> torch.dtype:
 
 def lm_shape(config: ModelConfig) -> tuple[int, int]:
     """(hidden size, intermediate size) of the LM, without building it. ConfigError: there is no such LM."""
-    lm_config = _lm_config(config.llm_model_name)
+    lm_config = read_lm_config(config.llm_model_name)
     hidden_size = int(lm_config.hidden_size)
     return hidden_size, int(getattr(lm_config, "intermediate_size", None) or 4 * hidden_size)
 
@@ -121,7 +121,7 @@ def build_model(
 
     The global random state is left as it was. ConfigError: something cannot be had, with its remedy.
     """
-    _check_attention(config, device)
+    check_attention(config, device)
     names = resolve_names(config, allow_random_encoders=allow_random_encoders)
     shard = zero3_config if config.llm_model_name != presets.TINY else None
     with private_rng(seed, device):
@@ -171,7 +171,8 @@ def _build(
     )
 
 
-def _check_attention(config: ModelConfig, device: torch.device) -> None:
+def check_attention(config: ModelConfig, device: torch.device) -> None:
+    """Refuse (ConfigError) an attention kernel that cannot run on the device or in the config's dtype."""
     if config.attn_implementation != "flash_attention_2":
         return
     remedy = "use --attn_implementation sdpa"
@@ -207,7 +208,8 @@ def _sharded_construction(zero3_config: dict[str, object] | None) -> Iterator[No
     del alive
 
 
-def _lm_config(name: str) -> PretrainedConfig:
+def read_lm_config(name: str) -> PretrainedConfig:
+    """The architecture of the LM of that name, without building it. ConfigError: there is no such LM."""
     if name in presets.PRESETS:
         return presets.lm_config(name)
     try:

@@ -1,51 +1,40 @@
-"""Where a checkpoint comes from: code, packages, hardware. For the record, never read back by training."""
+"""Where a checkpoint comes from: code, packages, image, data, hardware. For the record, never read back."""
 
-import platform
-import subprocess
-from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
-import torch
-
-from cad_mllm import __version__
-from cad_mllm.train.distributed import World
-
-_PACKAGES = ("torch", "deepspeed", "transformers", "peft", "flash-attn", "safetensors", "tokenizers", "numpy")
+from cad_mllm.train.machine import RankFacts
 
 
-def provenance(world: World, deepspeed_config: Mapping[str, object] | None) -> dict[str, object]:
-    """What a person wants to know of a checkpoint a year later."""
+def provenance(
+    ranks: Sequence[RankFacts], *, deepspeed_config: Mapping[str, object] | None, dataset: str
+) -> dict[str, object]:
+    """What a person wants to know of a checkpoint a year later. JSON-able.
+
+    Args:
+        ranks: the facts of every rank; the versions are the same on all of them.
+        deepspeed_config: resolved, without `auto`; None without DeepSpeed.
+        dataset: fingerprint of the training data.
+
+    Image and overlay are those that the manifests name in CAD_MLLM_IMAGE and CAD_MLLM_OVERLAY.
+    """
+    main = ranks[0]
+    hosts = {facts.host: facts for facts in ranks}
     return {
-        "cad_mllm": __version__,
-        "git_revision": _git_revision(),
-        "python": platform.python_version(),
-        "packages": {name: v for name in _PACKAGES if (v := _version(name)) is not None},
-        "world_size": world.size,
-        "device": torch.cuda.get_device_name(world.device)
-        if world.device.type == "cuda"
-        else platform.machine(),
-        "cuda": torch.version.cuda,
+        "versions": dict(main.versions),
+        "image": os.environ.get("CAD_MLLM_IMAGE"),
+        "overlay": os.environ.get("CAD_MLLM_OVERLAY"),
+        "dataset": dataset,
         "deepspeed_config": deepspeed_config,
+        "world_size": len(ranks),
+        "hardware": {
+            "gpus": dict(Counter(facts.gpu.model for facts in ranks if facts.gpu is not None)),
+            "driver": main.driver,
+            "cuda": None if main.torch_cuda is None else ".".join(map(str, main.torch_cuda)),
+            "hosts": {
+                host: {"cpu": facts.cpu, "memory_gb": round(facts.memory_bytes / 1e9, 1)}
+                for host, facts in hosts.items()
+            },
+        },
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_revision() -> str | None:
-    """The commit of the source tree this runs from; None for an installed package or without git."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,6 +1,5 @@
 """Set-up of a training run: all that the fit loop needs, built in the order in which mistakes are cheap."""
 
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +16,21 @@ from cad_mllm.data.layout import Source, Split
 from cad_mllm.data.loader import eval_samples
 from cad_mllm.data.order import num_steps
 from cad_mllm.data.sequence import needed_modalities
-from cad_mllm.errors import CheckpointError, PreflightError
-from cad_mllm.model.build import Built, build_model, lm_shape
+from cad_mllm.errors import CheckpointError
+from cad_mllm.model.build import Built
 from cad_mllm.model.export import export_weights
-from cad_mllm.model.multimodal import parameter_groups
 from cad_mllm.settings import to_flat
 from cad_mllm.train import checkpoint, restarts
+from cad_mllm.train.assemble import build_engine, build_networks, resolve_zero, sequence_spec
 from cad_mllm.train.checkpoint import CheckpointState, Position
 from cad_mllm.train.distributed import World
-from cad_mllm.train.engine import Engine, PlainEngine, ZeroEngine
+from cad_mllm.train.engine import Engine
 from cad_mllm.train.lost import LostSamples
+from cad_mllm.train.preflight import check_machines
 from cad_mllm.train.provenance import provenance
 from cad_mllm.train.stages import Stage, plan
 from cad_mllm.train.tracking import RunTracker, Silent, Tracker
 from cad_mllm.train.writer import CheckpointWriter
-from cad_mllm.train.zero import ModelShape, OptimizerSettings, ZeroConfig, read_deepspeed_json, resolve
 
 _VALIDATION_SHARE = 8
 """One validation sample for so many dummy samples (at least `_MIN_VALIDATION`)."""
@@ -76,48 +75,36 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
     """Check everything, build everything, read the checkpoint.
 
     Raises:
-        ConfigError, DataError, CheckpointError: whatever the user can mend.
+        ConfigError, DataError, CheckpointError, PreflightError: whatever the user can mend.
     """
     stages = plan(config.curriculum)
     output_dir = config.run.output_dir
     make_writable(output_dir, "--output_dir")
-    _require_shared(output_dir, world)
-    zero = _resolve_zero(config, world)
+    zero = resolve_zero(config, world)
+    checked = check_machines(config, zero, world)
+    checked.require()
     resume = _find_checkpoint(config, world)
     state = checkpoint.read_state(resume) if resume is not None else None
     if config.run.resume_from_ckpt == "auto":
         world.from_main(lambda: _count_start(config, state))
     sources = _sources(config, world)
-    built = build_model(
-        config.model,
-        seed=config.run.seed,
-        device=world.device,
-        zero3_config=zero.for_sharded_construction if zero is not None else None,
-        allow_random_encoders=config.data.create_dummy_data,
-    )
-    spec = SequenceSpec(
-        image_tokens=built.image_tokens,
-        image_size=built.image_size,
-        image_mean=built.image_mean,
-        image_std=built.image_std,
-        point_tokens=built.point_tokens,
-        num_points=built.num_points,
-        max_seq_length=config.data.max_seq_length,
-    )
+    built = build_networks(config, zero, world)
+    spec = sequence_spec(config, built)
     reports = [_index(config, world, built, spec, stages, split, source) for split, source in sources.items()]
     indices = [load_index(report.path) for report in reports]
     identity = _identity(config, _global_batch(config, world), indices[0].fingerprint)
     if state is not None and resume is not None:
         _check_identity(resume, state.identity, identity)
     passed_over = world.from_main(lambda: _set_aside(config, resume, state))
-    engine = _engine(config, built, zero, world)
+    engine = build_engine(config, built, zero, world, log_dir=output_dir)
     if state is not None and resume is not None:
         checkpoint.load(resume, engine, state)
     tracker: Tracker = Silent()
     if world.is_main:
         done = state.position.global_step if state is not None else 0
         tracker = RunTracker(config.run, run_config=to_flat(config), resumed_step=done)
-    for line in (_describe_world(world), *built.notes, *(_describe(report) for report in reports)):
+    described = (*built.notes, *(_describe(report) for report in reports))
+    for line in (_describe_world(world), *checked.warnings, *described):
         tracker.say(line)
     if resume is not None:
         tracker.say(f"resumed from {resume}")
@@ -129,6 +116,11 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
         tracker.say("no validation data (--val_data_path): training loss only")
     elif len(used := eval_samples(len(indices[1]))) < len(indices[1]):
         tracker.say(f"validation loss on {len(used)} of {len(indices[1])} samples, evenly spread")
+    origin = provenance(
+        checked.ranks,
+        deepspeed_config=zero.config if zero is not None else None,
+        dataset=indices[0].fingerprint,
+    )
     return Run(
         config=config,
         world=world,
@@ -139,7 +131,7 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
         validation=indices[1] if len(indices) > 1 else None,
         engine=engine,
         tracker=tracker,
-        writer=_writer(config, built, engine, world, identity, zero, tracker),
+        writer=_writer(config, built, engine, world, identity, tracker, origin),
         lost_samples=LostSamples(
             world=world,
             output_dir=output_dir,
@@ -152,25 +144,6 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
     )
 
 
-def _require_shared(output_dir: Path, world: World) -> None:
-    """Every rank writes its part of a checkpoint, and reads the index that rank 0 made: one folder for all.
-
-    Raises:
-        PreflightError: some rank does not see what rank 0 writes.
-    """
-    if world.size == 1:
-        return
-    probe = output_dir / f".shared-{world.broadcast(uuid.uuid4().hex)}"
-    world.from_main(probe.touch)
-    (blind,) = world.sum(float(not probe.exists()))
-    world.from_main(probe.unlink)
-    if blind:
-        raise PreflightError(
-            f"--output_dir {output_dir}: {blind:.0f} of {world.size} ranks do not see what rank 0 writes "
-            f"there. Put it on a volume that all machines share (in Kubernetes: access mode ReadWriteMany)."
-        )
-
-
 def _describe_world(world: World) -> str:
     device = "CPU" if world.device.type == "cpu" else torch.cuda.get_device_name(world.device)
     return f"world size {world.size}: {world.local_size} on this machine, {device}"
@@ -178,20 +151,6 @@ def _describe_world(world: World) -> str:
 
 def _global_batch(config: TrainConfig, world: World) -> int:
     return config.optim.batch_size * config.optim.gradient_accumulation_steps * world.size
-
-
-def _resolve_zero(config: TrainConfig, world: World) -> ZeroConfig | None:
-    if not config.run.deepspeed:
-        return None
-    assert config.run.deepspeed_config is not None, "the settings refuse --deepspeed without a JSON"
-    hidden_size, intermediate_size = lm_shape(config.model)
-    shape = ModelShape(
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        lora_r=config.model.lora_r if config.model.use_lora else None,
-    )
-    raw = read_deepspeed_json(config.run.deepspeed_config)
-    return resolve(raw, config, world_size=world.size, shape=shape)
 
 
 def _find_checkpoint(config: TrainConfig, world: World) -> Path | None:
@@ -225,15 +184,14 @@ def _writer(
     engine: Engine,
     world: World,
     identity: Mapping[str, object],
-    zero: ZeroConfig | None,
     tracker: Tracker,
+    origin: Mapping[str, object],
 ) -> CheckpointWriter:
     sequence = {
         "target_format": config.data.target_format,
         "quantization_bits": config.data.quantization_bits,
         "max_seq_length": config.data.max_seq_length,
     }
-    origin = provenance(world, zero.config if zero is not None else None)
 
     def describe(position: Position, steps_by_group: Mapping[str, int]) -> CheckpointState:
         return CheckpointState(
@@ -330,16 +288,6 @@ def _check_identity(folder: Path, saved: Mapping[str, object], now: Mapping[str,
                 f"Use the same value, "
                 f"or start afresh in another --output_dir without --resume_from_ckpt."
             )
-
-
-def _engine(config: TrainConfig, built: Built, zero: ZeroConfig | None, world: World) -> Engine:
-    groups = parameter_groups(built.model)
-    if zero is not None:
-        return ZeroEngine(built.model, groups, zero, world, log_dir=config.run.output_dir)
-    settings = OptimizerSettings(weight_decay=config.optim.weight_decay)
-    return PlainEngine(
-        built.model, groups, settings, max_grad_norm=config.optim.max_grad_norm, device=world.device
-    )
 
 
 def _describe(report: IndexReport) -> str:

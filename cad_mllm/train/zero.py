@@ -6,7 +6,10 @@ DeepSpeed (`deepspeed.initialize` raises a TypeError on it).
 """
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+import shutil
+import sysconfig
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +52,7 @@ class ZeroConfig:
     """For `deepspeed.initialize`: no optimizer or scheduler section, those are ours."""
     stage: int
     offload_optimizer: bool
+    offload_param: bool
     optimizer: OptimizerSettings
 
     @property
@@ -114,7 +118,7 @@ def resolve(raw: JsonDict, config: TrainConfig, *, world_size: int, shape: Model
         if zero.get(key) == "auto":
             zero[key] = value
     offload = _offload_device(zero, "offload_optimizer")
-    _offload_device(zero, "offload_param")
+    offload_param = _offload_device(zero, "offload_param")
     settings = _optimizer_settings(ds, config)
     _check_scheduler(ds, config)
     leftover = next(_autos(ds), None)
@@ -123,7 +127,39 @@ def resolve(raw: JsonDict, config: TrainConfig, *, world_size: int, shape: Model
             f'{leftover} is "auto" in the DeepSpeed JSON, and no flag decides it. Write a value or remove it.'
         )
     assert isinstance(stage, int)
-    return ZeroConfig(config=ds, stage=stage, offload_optimizer=offload, optimizer=settings)
+    return ZeroConfig(
+        config=ds, stage=stage, offload_optimizer=offload, offload_param=offload_param, optimizer=settings
+    )
+
+
+def needed_ops(zero: ZeroConfig, device_type: str) -> tuple[str, ...]:
+    """DeepSpeed's compiled ops that a run uses, by DeepSpeed's names."""
+    ops = []
+    if zero.offload_optimizer:
+        ops.append("cpu_adam")
+    if device_type == "cpu":
+        ops.append("deepspeed_shm_comm")
+    return tuple(ops)
+
+
+def missing_for_ops(ops: Sequence[str]) -> tuple[str, ...]:
+    """What this machine lacks to compile these ops; nothing where DeepSpeed was installed with them."""
+    if not ops:
+        return ()
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import accelerator_name, installed_ops
+    from torch.utils import cpp_extension
+
+    device = get_accelerator().device_name()
+    if accelerator_name == device and all(installed_ops.get(op) for op in ops):
+        return ()
+    tools = {
+        "a C++ compiler (g++)": shutil.which(os.environ.get("CXX", "c++")) is not None,
+        "ninja": cpp_extension.is_ninja_available(),
+        "Python's headers (Python.h)": Path(sysconfig.get_paths()["include"], "Python.h").is_file(),
+        "the CUDA toolkit (nvcc)": device != "cuda" or cpp_extension.CUDA_HOME is not None,
+    }
+    return tuple(name for name, present in tools.items() if not present)
 
 
 def _zero_autos(shape: ModelShape) -> dict[str, int]:

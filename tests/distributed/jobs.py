@@ -12,6 +12,7 @@ from cad_mllm.errors import CadMllmError
 from cad_mllm.settings import parse_train_args
 from cad_mllm.train import trainer
 from cad_mllm.train.distributed import world
+from cad_mllm.train.doctor import examine
 from cad_mllm.train.run import prepare_run
 from cad_mllm.train.stop import StopSignal
 from cad_mllm.train.trainer import fit
@@ -128,3 +129,11 @@ def train_with_and_without_rehearsal(pairs: list[list[list[str]]]) -> list[int]:
                     codes.append(int(fit(run, stop, watchdog)))
                 run.tracker.close()
     return codes
+
+
+def report_examined(job: dict[str, Any]) -> int:
+    """`cad-mllm doctor` on every rank; the last one has another seed if `job` says so."""
+    flags = list(job["flags"])
+    if job["other_seed"] and os.environ["RANK"] != "0":
+        flags += ["--seed", "43"]
+    return int(examine(parse_train_args(flags), Path(job["json"])))

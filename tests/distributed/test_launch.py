@@ -124,5 +124,5 @@ def test_ranks_that_do_not_share_the_output_folder_are_refused(data: Path, tmp_p
     words = flags(data, tmp_path / "out", ranks=2, zero="zero2_config")
     answers = run_ranks(Path(__file__).with_name("jobs.py"), "refused_in_own_folders", words, world_size=2)
     for answer in answers:
-        assert answer.startswith("5 --output_dir ") and "1 of 2 ranks do not see" in answer
-        assert "ReadWriteMany" in answer
+        assert answer.startswith("5 configuration: --output_dir is ")
+        assert "1 of 2 ranks do not see" in answer and "ReadWriteMany" in answer

@@ -1,0 +1,63 @@
+"""The parts of a run, from its configuration: shared by training and by `cad-mllm doctor`."""
+
+from pathlib import Path
+
+from cad_mllm.config import TrainConfig
+from cad_mllm.data.collate import SequenceSpec
+from cad_mllm.model.build import Built, build_model, lm_shape
+from cad_mllm.model.multimodal import parameter_groups
+from cad_mllm.train.distributed import World
+from cad_mllm.train.engine import Engine, PlainEngine, ZeroEngine
+from cad_mllm.train.zero import ModelShape, OptimizerSettings, ZeroConfig, read_deepspeed_json, resolve
+
+
+def resolve_zero(config: TrainConfig, world: World) -> ZeroConfig | None:
+    """The DeepSpeed configuration of a run; None without DeepSpeed. ConfigError: it cannot be honoured."""
+    if not config.run.deepspeed:
+        return None
+    assert config.run.deepspeed_config is not None, "the settings refuse --deepspeed without a JSON"
+    hidden_size, intermediate_size = lm_shape(config.model)
+    shape = ModelShape(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        lora_r=config.model.lora_r if config.model.use_lora else None,
+    )
+    raw = read_deepspeed_json(config.run.deepspeed_config)
+    return resolve(raw, config, world_size=world.size, shape=shape)
+
+
+def build_networks(config: TrainConfig, zero: ZeroConfig | None, world: World) -> Built:
+    """LM, encoders and projectors; sharded while they are built under ZeRO-3."""
+    return build_model(
+        config.model,
+        seed=config.run.seed,
+        device=world.device,
+        zero3_config=zero.for_sharded_construction if zero is not None else None,
+        allow_random_encoders=config.data.create_dummy_data,
+    )
+
+
+def sequence_spec(config: TrainConfig, built: Built) -> SequenceSpec:
+    """The sizes that the data must have for these networks."""
+    return SequenceSpec(
+        image_tokens=built.image_tokens,
+        image_size=built.image_size,
+        image_mean=built.image_mean,
+        image_std=built.image_std,
+        point_tokens=built.point_tokens,
+        num_points=built.num_points,
+        max_seq_length=config.data.max_seq_length,
+    )
+
+
+def build_engine(
+    config: TrainConfig, built: Built, zero: ZeroConfig | None, world: World, *, log_dir: Path
+) -> Engine:
+    """What trains them: ZeRO where it was asked for, plain torch otherwise."""
+    groups = parameter_groups(built.model)
+    if zero is not None:
+        return ZeroEngine(built.model, groups, zero, world, log_dir=log_dir)
+    settings = OptimizerSettings(weight_decay=config.optim.weight_decay)
+    return PlainEngine(
+        built.model, groups, settings, max_grad_norm=config.optim.max_grad_norm, device=world.device
+    )

@@ -1,0 +1,91 @@
+"""What a run asks of its machines, from its configuration and the model's sizes; nothing is built."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cad_mllm.config import TrainConfig
+from cad_mllm.model.image_encoder import IMAGE_SIZE
+from cad_mllm.model.point_encoder import PointEncoderConfig
+from cad_mllm.model.sizes import parameter_counts
+from cad_mllm.train.distributed import World
+from cad_mllm.train.zero import ZeroConfig
+
+_STATE_BYTES = 12
+"""fp32 master weight and two Adam moments, for each trainable parameter."""
+_PREFETCHED = 2
+"""Batches that torch's loader keeps ready for each worker."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What a run asks of its machines."""
+
+    output_dir: Path
+    may_use_cpu: bool
+    """The user asked for the CPU."""
+    flash_attention: bool
+    zero_stage: int
+    """0: without DeepSpeed."""
+    offload_optimizer: bool
+    offload_param: bool
+    parameters: int
+    trainable: int
+    weight_bytes: int
+    """Of one parameter in the dtype of the run."""
+    loader_bytes: int
+    """Batches in /dev/shm, for each rank."""
+    checkpoints_kept: int
+    """0: all of them."""
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """fp32 master weights, two moments, and the export in the dtype of the run."""
+        return self.trainable * (_STATE_BYTES + self.weight_bytes)
+
+    def offload_bytes(self, world_size: int, ranks_here: int) -> int:
+        """Host memory that offload takes on a machine, before pinning rounds it up.
+
+        Shared out among all ranks: with `offload_param` the weights in the dtype of the run; with
+        `offload_optimizer` 16 bytes (fp32 weight, gradient, two moments) of each trainable parameter.
+        """
+        weights = self.parameters * self.weight_bytes if self.offload_param else 0
+        state = self.trainable * (_STATE_BYTES + 4) if self.offload_optimizer else 0
+        return (weights + state) * ranks_here // world_size
+
+    def gpu_bytes(self, world_size: int) -> int:
+        """Least GPU memory of a rank: weights and optimiser state, without gradients and activations."""
+        weights = 0 if self.offload_param else self.parameters * self.weight_bytes
+        # Without DeepSpeed an fp32 parameter is its own master weight.
+        each = _STATE_BYTES - 4 if not self.zero_stage and self.weight_bytes == 4 else _STATE_BYTES
+        state = 0 if self.offload_optimizer else self.trainable * each
+        if self.zero_stage == 3:
+            weights //= world_size
+        if self.zero_stage:
+            state //= world_size
+        return weights + state
+
+
+def demand_of(config: TrainConfig, zero: ZeroConfig | None, world: World) -> Demand:
+    """What the configuration asks of the machines. ConfigError: there is no such LM."""
+    counts = parameter_counts(config.model)
+    picture, cloud = 3 * IMAGE_SIZE**2 * 4, PointEncoderConfig().num_points * 6 * 4
+    sample = picture + cloud + 3 * config.data.max_seq_length * 8
+    return Demand(
+        output_dir=config.run.output_dir,
+        may_use_cpu=config.run.device == "cpu",
+        flash_attention=config.model.attn_implementation == "flash_attention_2"
+        and world.device.type == "cuda",
+        zero_stage=zero.stage if zero is not None else 0,
+        offload_optimizer=zero is not None and zero.offload_optimizer,
+        offload_param=zero is not None and zero.offload_param,
+        parameters=counts.total,
+        trainable=counts.trainable,
+        weight_bytes=2 if config.model.dtype == "bfloat16" else 4,
+        loader_bytes=sample * config.optim.batch_size * config.data.num_workers * _PREFETCHED,
+        checkpoints_kept=config.run.keep_last_n_checkpoints,
+    )
+
+
+def _uses_flash_attention(config: TrainConfig, world: World) -> bool:
+    """On a CPU the model builder refuses it, as a flag that contradicts another."""
+    return config.model.attn_implementation == "flash_attention_2" and world.device.type == "cuda"
