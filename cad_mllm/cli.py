@@ -3,6 +3,7 @@
 Nothing heavy is imported before it is needed, so that `--help` and a mistyped flag answer at once.
 """
 
+import logging
 import math
 import os
 import re
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from cad_mllm.errors import CadMllmError, ConfigError, DataError, ExitCode
+from cad_mllm.errors import CadMllmError, ConfigError, DataError, ExitCode, without_credentials
 from cad_mllm.settings import (
     TRAIN_EXAMPLES,
     Positional,
@@ -357,6 +358,7 @@ def run_and_exit(body: Callable[[], int]) -> NoReturn:
     or a full GPU is no bug: it has codes of its own.
     """
     prefix = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    logging.setLogRecordFactory(_LogRecord)
     try:
         code = body()
     except CadMllmError as error:
@@ -368,11 +370,11 @@ def run_and_exit(body: Callable[[], int]) -> NoReturn:
     except Exception as error:
         known = _known_to_torch(error)
         if known is None:
-            traceback.print_exc()
+            print(without_credentials(traceback.format_exc()), file=sys.stderr, end="")
             code = _BUG
         else:
             code, line = known
-            print(f"{prefix}error: {line}", file=sys.stderr)
+            print(f"{prefix}error: {without_credentials(line)}", file=sys.stderr)
     if "RANK" in os.environ:
         print(f"{prefix}exit code {int(code)}", file=sys.stderr, flush=True)
     if code != ExitCode.DONE and _in_process_group():
@@ -380,6 +382,13 @@ def run_and_exit(body: Callable[[], int]) -> NoReturn:
         sys.stdout.flush()
         os._exit(int(code))
     sys.exit(int(code))
+
+
+class _LogRecord(logging.LogRecord):
+    """Whatever library logs it, with whatever handler."""
+
+    def getMessage(self) -> str:  # noqa: N802 (logging's name)
+        return without_credentials(super().getMessage())
 
 
 def _known_to_torch(error: Exception) -> tuple[ExitCode, str] | None:

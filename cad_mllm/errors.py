@@ -4,8 +4,11 @@ Their codes are below 128, so that a Kubernetes operator does not retry what a r
 (design decision "exit codes"). Bugs of ours are not in here: they assert.
 """
 
+import re
 from enum import IntEnum
 from typing import ClassVar
+
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
 
 
 class ExitCode(IntEnum):
@@ -32,6 +35,14 @@ class CadMllmError(Exception):
     """A mistake that the user can mend. The message says what is wrong and what to do about it."""
 
     exit_code: ClassVar[ExitCode] = ExitCode.CONFIG
+
+    def __str__(self) -> str:
+        return without_credentials(super().__str__())
+
+
+def without_credentials(text: str) -> str:
+    """The text without user names and passwords in URLs: libraries quote proxies, mirrors and endpoints."""
+    return _CREDENTIALS.sub("***@", text)
 
 
 class ConfigError(CadMllmError):

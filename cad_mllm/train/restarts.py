@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 from cad_mllm.data.atomic import atomic_path
-from cad_mllm.errors import PreflightError
+from cad_mllm.errors import PreflightError, without_credentials
 
 _FILE = "restarts.json"
 _LAST_ERROR = "last_error.txt"
@@ -47,7 +47,7 @@ def note_error(output_dir: Path, rank: int, error: BaseException) -> None:
     with contextlib.suppress(OSError):
         first_line = f"rank {rank}: {type(error).__name__}: {error}".replace("\n", " ")
         text = f"{first_line}\n{time.strftime('%Y-%m-%d %H:%M:%S %z')}\n{trace}"
-        (output_dir / _LAST_ERROR).write_text(text, encoding="utf-8")
+        (output_dir / _LAST_ERROR).write_text(without_credentials(text), encoding="utf-8")
 
 
 def _starts_at(path: Path, global_step: int) -> int:
