@@ -84,8 +84,3 @@ def demand_of(config: TrainConfig, zero: ZeroConfig | None, world: World) -> Dem
         loader_bytes=sample * config.optim.batch_size * config.data.num_workers * _PREFETCHED,
         checkpoints_kept=config.run.keep_last_n_checkpoints,
     )
-
-
-def _uses_flash_attention(config: TrainConfig, world: World) -> bool:
-    """On a CPU the model builder refuses it, as a flag that contradicts another."""
-    return config.model.attn_implementation == "flash_attention_2" and world.device.type == "cuda"

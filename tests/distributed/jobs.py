@@ -132,7 +132,7 @@ def rehearse(run: Run) -> None:
 
 
 def train_with_and_without_rehearsal(pairs: list[list[list[str]]]) -> list[int]:
-    """Pairs of runs in one process group; the second of each computes the largest batch first, as on GPUs."""
+    """Pairs of runs in one process group; the second of each computes the largest batch first."""
     torch.set_num_threads(1)
     configs = [[parse_train_args(flags) for flags in pair] for pair in pairs]
     codes = []
