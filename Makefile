@@ -74,9 +74,9 @@ test: .venv/installed  ## the test suite (at most 12 minutes on 2 cores)
 	@$(UNLOCK)
 	$(ON_CPU) .venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
-test-slow: .venv/installed  ## the long tests, too long for every change
+test-slow: .venv/installed  ## the long tests, too long for every change, and new cases for the property tests
 	@$(UNLOCK)
-	$(ON_CPU) .venv/bin/python -m pytest -m slow $(ARGS)
+	$(ON_CPU) .venv/bin/python -m pytest -m "slow or hypothesis" --hypothesis-profile=explore $(ARGS)
 
 test-image: .venv/installed  ## build the image for the CPU and try it: starts, trains in two containers, stops (root)
 	bash .ci/test-image $(ARGS)
