@@ -38,6 +38,9 @@ usage: python -m cad_mllm.launch [training flags]
 Starts the training processes of this container, passes signals on to all of them at once, waits, and
 exits with their code. Training flags: python -m cad_mllm.train_curriculum --help
 
+With the word doctor before the flags nothing is trained: all ranks look at their machines and rank 0 says in
+a table whether this training can run there, and what to change if not.
+
 Who started the container is read from its environment:
   PyTorchJob, TrainJob   PET_NNODES, PET_NPROC_PER_NODE (a number; gpu: every GPU; cpu: every core; auto:
                          every GPU, or 1 process without), PET_NODE_RANK, PET_MASTER_ADDR, PET_MASTER_PORT

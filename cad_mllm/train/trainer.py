@@ -83,14 +83,14 @@ def fit(run: Run, stop: StopSignal, watchdog: Watchdog) -> ExitCode:
             due = complete or (at.global_step % run.config.run.save_steps == 0 and sound is at)
             if due or stopping:
                 run.writer.save(at)
+            if due and not stopping:
+                stopping = _validate(run, stage, at, watchdog, stop)
             if stopping and not (complete and stage is run.stages[-1]):
                 run.writer.finish()
                 run.tracker.say(
                     f"stopped by a signal after step {at.global_step}; go on with --resume_from_ckpt auto"
                 )
                 return ExitCode.STOPPED
-            if due and not stopping:
-                _validate(run, stage, at, watchdog)
     run.writer.finish()
     run.tracker.say(f"done: {at.global_step} steps, newest checkpoint {run.newest_checkpoint}")
     return ExitCode.DONE
@@ -204,13 +204,14 @@ def _forward(run: Run, cpu_batch: Batch, trainable: frozenset[str]) -> Tensor:
 
 
 @torch.no_grad()
-def _validate(run: Run, stage: Stage, at: Position, watchdog: Watchdog) -> None:
+def _validate(run: Run, stage: Stage, at: Position, watchdog: Watchdog, stop: StopSignal) -> bool:
     """Loss per supervised token on the validation data, for each modality mix of the stage.
 
     The checkpoint of this position is the best one if no other has a lower mean of them.
+    True: a rank was asked to stop, so all of them left it unfinished; there is no loss then.
     """
     if run.validation is None:
-        return
+        return False
     run.engine.module.eval()
     losses: dict[str, float] = {}
     for combo in (c for c in MODALITIES if c in stage.mix):
@@ -231,8 +232,11 @@ def _validate(run: Run, stage: Stage, at: Position, watchdog: Watchdog) -> None:
             loss += float(_forward(run, loaded.batch, frozenset()))
             tokens += loaded.batch.num_supervised
             watchdog.beat()
+            if run.world.sum(float(stop.requested))[0] > 0:
+                return True
         total_loss, total_tokens = run.world.sum(loss, float(tokens))
         losses[combo] = total_loss / max(1.0, total_tokens)
     run.tracker.log_validation(step=at.global_step, stage=stage.number, losses=losses)
     if run.world.is_main:
         checkpoint.note_validation(run.config.run.output_dir, at, sum(losses.values()) / len(losses))
+    return False

@@ -1,6 +1,7 @@
 """What the ranks of a test do."""
 
 import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,24 @@ def train_and_fall_asleep(job: dict[str, Any]) -> None:
 
 def falls_asleep() -> None:
     time.sleep(600)
+
+
+def train_and_stop_in_validation(job: dict[str, Any]) -> tuple[int, int]:
+    """`train_all` of one run; rank 1 gets SIGTERM in its first validation. Exit code, validation batches."""
+    torch.set_num_threads(1)
+    forward = trainer._forward
+    validated = 0
+
+    def stopped(run: Any, batch: Any, trainable: Any) -> Any:
+        nonlocal validated
+        if not torch.is_grad_enabled():
+            validated += 1
+            if run.world.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(run, batch, trainable)
+
+    trainer._forward = stopped
+    return int(trainer.train(parse_train_args(job["flags"]))), validated
 
 
 def train_with_torn_files(job: dict[str, Any]) -> list[int]:

@@ -110,6 +110,18 @@ def test_sigterm_ends_with_143_after_a_checkpoint_and_the_run_goes_on(data: Path
     assert steps == list(range(1, len(steps) + 1))
 
 
+def test_a_stop_does_not_wait_for_the_end_of_validation(data: Path, tmp_path: Path) -> None:
+    more = {"start_from_stage": 2, "stage2_epochs": 4, "stage3_epochs": 0, "save_steps": 3}
+    words = flags(data, tmp_path, ranks=2, zero="zero2_config", val_data_path=data, **more)
+    jobs = Path(__file__).with_name("jobs.py")
+    # 8 samples with two mixes are 8 micro-batches for each rank: all leave after the first.
+    answers = run_ranks(jobs, "train_and_stop_in_validation", {"flags": words}, world_size=2)
+    assert answers == [[143, 1]] * 2
+    newest = checkpoint.find("auto", tmp_path, print)
+    assert newest is not None and checkpoint.read_state(newest).position.global_step == 3
+    assert "val" not in (tmp_path / "metrics.jsonl").read_text()
+
+
 def test_several_processes_without_deepspeed_are_refused(tmp_path: Path) -> None:
     launcher = [str(BIN / "torchrun"), "--nproc_per_node=2", f"--master_port={free_port()}"]
     code, output = finish(
