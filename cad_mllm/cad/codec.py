@@ -412,6 +412,15 @@ def decode(text: str, bits: int = 8) -> CadProgram:
     return CadProgram(tuple(_decode_feature(rest, operation, sizes) for operation, rest in features))
 
 
+def is_feature(text: str, bits: int = 8) -> bool:
+    """Whether `decode` takes a feature that follows the grammar: one of its loops encloses an area."""
+    try:
+        _decode_feature(text[1:], _OPERATIONS[text[0]], levels(bits))
+    except CadError:
+        return False
+    return True
+
+
 def _check_syntax(text: str, grammar: CommandGrammar) -> None:
     state = grammar.start
     for place, char in enumerate(text):

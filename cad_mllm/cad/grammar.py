@@ -201,6 +201,19 @@ class CommandGrammar:
         """The characters that may come next, sorted."""
         return "".join(sorted(self._edges[state]))
 
+    def shortest_ways_out(self) -> list[str]:
+        """By state: the shortest text that makes a whole; of equally short ones the first in the alphabet."""
+        ways: list[str | None] = ["" if complete else None for complete in self._complete]
+        while None in ways:  # each round finds those that are one character farther away
+            found = list(ways)
+            for state, edges in enumerate(self._edges):
+                onward = [char + way for char, then in edges.items() if (way := ways[then]) is not None]
+                if ways[state] is None and onward:
+                    found[state] = min(onward)
+            assert found != ways, "every text can be finished"
+            ways = found
+        return [way for way in ways if way is not None]
+
 
 class TokenMasker:
     """Which tokens may come next, for a vocabulary.
@@ -220,12 +233,12 @@ class TokenMasker:
             )
         self._grammar, self._size, self._eos = grammar, len(vocabulary), eos_token_id
         alphabet = "".join(sorted(grammar.alphabet)).encode("ascii")
-        self._texts: dict[int, str] = {
+        self.texts: dict[int, str] = {  # of the tokens that can be part of a command text
             index: token.decode("ascii")
             for index, token in enumerate(vocabulary)
             if token and index != eos_token_id and not token.strip(alphabet)
         }
-        missing = grammar.alphabet - set(self._texts.values())
+        missing = grammar.alphabet - set(self.texts.values())
         if missing:
             raise ConfigError(
                 f"the tokenizer has no token for {' '.join(sorted(missing))} alone: "
@@ -241,7 +254,7 @@ class TokenMasker:
                 mask_V[self._eos] = True
             else:
                 advance = self._grammar.advance
-                mask_V[[i for i, text in self._texts.items() if advance(state, text) is not None]] = True
+                mask_V[[i for i, text in self.texts.items() if advance(state, text) is not None]] = True
                 mask_V[self._eos] = self._grammar.is_complete(state)
             mask_V.setflags(write=False)
             self._masks[state] = mask_V
@@ -252,7 +265,7 @@ class TokenMasker:
         assert self.allowed(state)[token_id], f"token {token_id} is not allowed in state {state}"
         if token_id == self._eos:
             return ENDED
-        following = self._grammar.advance(state, self._texts[token_id])
+        following = self._grammar.advance(state, self.texts[token_id])
         assert following is not None
         return following
 
