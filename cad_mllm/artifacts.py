@@ -1,13 +1,16 @@
-"""From a program to the files that a person opens: STEP and a picture. Free of torch: workers start fast."""
+"""From programs to STEP, pictures and points of their solids. Free of torch: workers start fast."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cad_mllm.cad import render, solid
 from cad_mllm.cad.program import CadProgram
 from cad_mllm.cad.worker import run_limited
 from cad_mllm.data.atomic import atomic_path
+from cad_mllm.data.files import FloatArray
+from cad_mllm.data.progress import SlowProgress
 from cad_mllm.errors import CadError
 
 _PICTURE_SIZE = 448
@@ -19,6 +22,27 @@ class Artifact:
 
     stem: Path
     program: CadProgram
+
+
+def sample_surfaces(
+    programs: Sequence[CadProgram], num_points: int, *, workers: int, seconds: float
+) -> list[FloatArray | None]:
+    """Points on the solid of each program, (P, 6), in its own unit; None where there is no solid."""
+    surfaces: list[FloatArray | None] = [None] * len(programs)
+    if not programs:
+        return surfaces
+    sample = partial(_sample_surface, num_points=num_points)
+    with SlowProgress("building candidates", len(programs)) as progress:
+        for number, outcome in run_limited(
+            sample, programs, workers=min(workers, len(programs)), seconds=seconds
+        ):
+            progress.advance()
+            surfaces[number] = None if isinstance(outcome, CadError) else outcome
+    return surfaces
+
+
+def _sample_surface(program: CadProgram, num_points: int) -> FloatArray:
+    return solid.build(program).sample(num_points, seed=0)
 
 
 def write_artifacts(artifacts: Sequence[Artifact], *, workers: int, seconds: float) -> list[str | None]:

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from cad_mllm.errors import CadMllmError, ConfigError, DataError, ExitCode, without_credentials
 from cad_mllm.settings import (
@@ -136,10 +136,10 @@ def make_dummy(argv: Sequence[str]) -> ExitCode:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateArguments:
-    """Generate a CAD program from text, points or an image; writes its text, JSON, STEP and a picture."""
+    """Generate CAD programs from text, points and images; writes text, JSON, STEP and a picture of each."""
 
     checkpoint: Path
-    """A checkpoint folder that training wrote."""
+    """A checkpoint folder that training wrote, or an output folder (its newest checkpoint)."""
     out: Path
     """Folder for the program text, JSON, STEP and PNG."""
     text: str = ""
@@ -148,31 +148,73 @@ class GenerateArguments:
     """Point cloud: .npz with `points`, (N, 6) coordinates and normals."""
     image: Path | None = None
     """Picture of the model."""
+    start: str = ""
+    """Command text that the program begins with: it is gone on with."""
+    folder: Path | None = None
+    """Many inputs: NAME.txt (caption), NAME.npz (points), NAME.png (picture) of one stem; or a data set."""
+    modalities: tuple[Literal["text", "points", "image"], ...] = ("text", "points", "image")
+    """What of the folder is used, where it is there."""
     max_new_tokens: int = 1024
-    """Longest program, in tokens."""
+    """Longest program, in tokens: a longer one ends there, and that is said."""
+    best_of: int = 1
+    """Candidates for each input. The one nearest to the points is kept; without points, the one that the
+    others agree with most."""
+    temperature: float | None = None
+    """Of drawn tokens; 0 takes the likeliest. Unset: 0; with --best_of .8, but for the first candidate."""
+    seed: int = 0
+    """Of the draws."""
+    batch_size: int = 8
+    """Inputs that are computed together."""
+    workers: int = 0
+    """Processes that build solids. 0: one per core."""
+
+
+_CANDIDATE_TEMPERATURE = 0.8
 
 
 def generate(argv: Sequence[str]) -> ExitCode:
-    """Generate a CAD program from text, points or an image."""
+    """Generate CAD programs from text, points and images."""
     example = (
         "examples:\n"
         '  cad-mllm generate --checkpoint outputs/tiny --out out --text "a plate with two holes"\n'
-        "  cad-mllm generate --checkpoint outputs/tiny --out out --points scan.npz --image photo.png\n"
+        "  cad-mllm generate --checkpoint outputs/tiny --out out --points scan.npz --best_of 8\n"
+        "  cad-mllm generate --checkpoint outputs/tiny --out out --folder inputs --modalities points\n"
     )
     arguments = parse_flags(GenerateArguments, argv, prog="cad-mllm generate", examples=example)
-    _require("--max_new_tokens", arguments.max_new_tokens, 1)
-    if not arguments.text and arguments.points is None and arguments.image is None:
-        raise ConfigError("nothing to generate from: give --text, --points or --image")
-    from cad_mllm.generate import generate_files
+    for flag, value in (("max_new_tokens", 1), ("best_of", 1), ("batch_size", 1), ("workers", 0)):
+        _require(f"--{flag}", getattr(arguments, flag), value)
+    _require("--temperature", arguments.temperature or 0.0, 0)
+    if arguments.best_of > 1 and arguments.temperature == 0:
+        raise ConfigError("--best_of with --temperature 0 would make the same candidate every time: raise it")
+    single = arguments.text or arguments.points is not None or arguments.image is not None
+    if not single and arguments.folder is None:
+        raise ConfigError("nothing to generate from: give --text, --points or --image, or --folder")
+    if arguments.folder is not None and (single or arguments.start):
+        raise ConfigError("--folder stands for --text, --points, --image and --start: give one or the other")
+    from rich.console import Console
 
-    generate_files(
-        arguments.checkpoint,
-        arguments.out,
-        text=arguments.text,
-        points=arguments.points,
-        image=arguments.image,
+    from cad_mllm.generate import GenerateSettings, generate_file, generate_folder, print_generated
+    from cad_mllm.inputs import InputFiles, read_folder
+
+    drawn = _CANDIDATE_TEMPERATURE if arguments.best_of > 1 else 0.0
+    how = GenerateSettings(
         max_new_tokens=arguments.max_new_tokens,
+        best_of=arguments.best_of,
+        temperature=drawn if arguments.temperature is None else arguments.temperature,
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        workers=arguments.workers or os.cpu_count() or 1,
     )
+    if arguments.folder is None:
+        given = InputFiles(
+            caption=arguments.text, points=arguments.points, image=arguments.image, start=arguments.start
+        )
+        generate_file(arguments.checkpoint, arguments.out, given, how)
+    else:
+        inputs = read_folder(arguments.folder, set(arguments.modalities))
+        print_generated(
+            generate_folder(arguments.checkpoint, arguments.out, inputs, how), arguments.out, Console()
+        )
     return ExitCode.DONE
 
 

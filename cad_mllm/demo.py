@@ -23,7 +23,7 @@ from cad_mllm.cad.normalise import normalise
 from cad_mllm.cad.render import HALF_WIDTH, VIEW_DIRECTIONS
 from cad_mllm.cli import run_and_exit
 from cad_mllm.data.dummy import write_dummy_data
-from cad_mllm.data.files import load_points
+from cad_mllm.data.files import load_image, load_points
 from cad_mllm.data.layout import CAPTION_KEY, Source, view_path
 from cad_mllm.errors import ExitCode
 from cad_mllm.report import ReportSample, read_metrics, write_report
@@ -138,10 +138,18 @@ def _held_out(source: Source) -> list[HeldOut]:
 
 def _generate(out: Path, samples: list[HeldOut], source: Source) -> list[ReportSample]:
     """Generate from the checkpoint that the training wrote, and build what was generated and what is true."""
-    from cad_mllm.generate import Generator, Input, write_outputs
+    from cad_mllm.generate import Generator, write_outputs
+    from cad_mllm.inputs import Input
 
     generator = Generator.from_checkpoint(out / "training")
-    inputs = [Input(caption=s.caption, points_NC=s.points_NC, image=s.image) for s in samples]
+    inputs = [
+        Input(
+            caption=s.caption,
+            points_NC=s.points_NC,
+            image=None if s.image is None else load_image(s.image),
+        )
+        for s in samples
+    ]
     outputs = dict(zip((s.name for s in samples), generator.generate(inputs, _MAX_NEW_TOKENS), strict=True))
     generated, truth = out / "generated", out / "truth"
     errors = write_outputs(generated, outputs, workers=os.cpu_count() or 1)

@@ -5,42 +5,46 @@ Shapes: B inputs of T prompt positions, D hidden channels, V vocabulary, R new t
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from cad_mllm.artifacts import Artifact, write_artifacts
 from cad_mllm.cad import codec, omnicad
-from cad_mllm.cad.grammar import ENDED, CommandGrammar, TokenMasker, vocabulary_bytes
+from cad_mllm.cad.draft import Draft, Drafts, TokenIds
+from cad_mllm.cad.grammar import vocabulary_bytes
 from cad_mllm.cad.program import CadProgram
-from cad_mllm.data.atomic import make_writable
+from cad_mllm.choose import choose
+from cad_mllm.data.atomic import atomic_path, make_writable
 from cad_mllm.data.collate import Batch, Sample, collate, image_array, select_points
-from cad_mllm.data.files import FloatArray, load_image, load_points
 from cad_mllm.data.progress import SlowProgress
-from cad_mllm.data.sequence import MODALITIES, Modality, SequenceSpec, bos_ids, eos_id, pad_id, prompt_ids
-from cad_mllm.errors import CadError, CheckpointError, DataError
+from cad_mllm.data.sequence import (
+    MODALITIES,
+    Modality,
+    SequenceSpec,
+    bos_ids,
+    eos_id,
+    pad_id,
+    prompt_ids,
+    target_ids,
+)
+from cad_mllm.errors import CadError, CheckpointError, ConfigError, DataError
+from cad_mllm.inputs import Input, InputFiles
 from cad_mllm.model.export import MANIFEST, Exported, load_exported
 from cad_mllm.model.seeding import private_rng
 
 DEFAULT_MAX_NEW_TOKENS = 1024
+LIST_FILE = "generated.jsonl"
 _WRITING_SECONDS = 60.0
 _POINT_DRAW = (0, 0, 0, "generate")
 """(seed, stage, epoch, id) by which the points of an input are drawn: always the same ones."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Input:
-    """What to make a program from. An absent modality is not in the sequence."""
-
-    caption: str = ""
-    points_NC: FloatArray | None = None
-    """(N, 6) coordinates and unit normals, at any scale; N >= 1, finite."""
-    image: Path | Image.Image | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,8 @@ class Output:
     program: CadProgram | None
     """None exactly where there is an `error`."""
     error: str | None
+    was_cut: bool = False
+    """It had to end where it does: `max_new_tokens` allowed no more."""
 
 
 class Generator:
@@ -72,8 +78,7 @@ class Generator:
             max_seq_length=int(sequence["max_seq_length"]),
         )
         self._vocabulary = vocabulary_bytes(built.tokenizer, built.vocab_size)
-        self._grammar = CommandGrammar(self._bits)
-        self._masker = TokenMasker(self._grammar, self._vocabulary, eos_id(built.tokenizer))
+        self._drafts = Drafts(self._bits, self._vocabulary, eos_id(built.tokenizer))
 
     @classmethod
     def from_checkpoint(cls, path: Path, device: torch.device | None = None) -> "Generator":
@@ -95,38 +100,95 @@ class Generator:
     ) -> list[Output]:
         """Write one program per input, in their order.
 
+        Command text is held to programs: each ends with a program within the limit. JSON may end in anything.
+
         Args:
             inputs: any mix of modalities.
-            max_new_tokens: a program that is longer is reported as incomplete, never cut silently.
+            max_new_tokens: the longest program. One that had to end for it says so (`was_cut`); JSON that is
+                longer is an error.
             temperature: 0 takes the likeliest token; above, tokens are drawn from `seed`.
             seed: of the draws.
             batch_size: inputs that are computed together.
 
-        DataError: a picture cannot be read, or a caption leaves no room for a program.
+        DataError: a picture cannot be read, or a caption leaves no room for a program. CadError: no program
+        begins like an input's `start`. ConfigError: no program is as short as `max_new_tokens`.
         """
         outputs: list[Output] = []
         limit = -(-len(inputs) // batch_size) * max_new_tokens
         with SlowProgress("generating tokens", limit) as progress:
-            for start in range(0, len(inputs), batch_size):
-                samples = [self._sample(given) for given in inputs[start : start + batch_size]]
-                tokens_BR = self._generate_batch(samples, max_new_tokens, temperature, seed, progress)
-                outputs += [self._read(tokens_R, max_new_tokens) for tokens_R in tokens_BR.tolist()]
+            for first in range(0, len(inputs), batch_size):
+                batch = inputs[first : first + batch_size]
+                drafts = [self._begin(given, max_new_tokens) for given in batch]
+                samples = [self._sample(given) for given in batch]
+                tokens_BR = self._generate_batch(samples, drafts, max_new_tokens, temperature, seed, progress)
+                for given, draft, tokens_R in zip(batch, drafts, tokens_BR.tolist(), strict=True):
+                    output = self._read(given.start, tokens_R, max_new_tokens)
+                    outputs.append(replace(output, was_cut=draft is not None and draft.was_cut))
                 progress.advance(max_new_tokens - tokens_BR.shape[1])
         return outputs
+
+    def generate_best(
+        self,
+        inputs: Sequence[Input],
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        *,
+        candidates: int,
+        temperature: float,
+        seed: int = 0,
+        batch_size: int = 8,
+        workers: int = 1,
+    ) -> list[Output]:
+        """The best of several programs per input, the first greedy and the others drawn; see `choose`.
+
+        One candidate is drawn like any other. Arguments and errors as for `generate`; solids are built in
+        `workers` processes.
+        """
+        if candidates == 1:
+            return self.generate(
+                inputs, max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size
+            )
+        rounds = [self.generate(inputs, max_new_tokens, batch_size=batch_size)]
+        rounds += [
+            self.generate(
+                inputs, max_new_tokens, temperature=temperature, seed=seed + number, batch_size=batch_size
+            )
+            for number in range(1, candidates)
+        ]
+        each = [list(outputs) for outputs in zip(*rounds, strict=True)]
+        chosen = choose(
+            [[output.program for output in outputs] for outputs in each],
+            [given.points_NC for given in inputs],
+            workers=workers,
+        )
+        return [outputs[number] for outputs, number in zip(each, chosen, strict=True)]
+
+    def usable(self, given: Input, max_new_tokens: int) -> Input:
+        """The same input; raises what `generate` would raise for it."""
+        self._begin(given, max_new_tokens)
+        self._sample(given)
+        return given
+
+    def _begin(self, given: Input, limit: int) -> Draft | None:
+        """The draft that holds an input's text to a program; None for JSON."""
+        if self._is_command:
+            return self._drafts.begin(given.start, limit=limit)
+        if given.start:
+            raise ConfigError("this model writes JSON: only command text can be gone on with (--start)")
+        return None
 
     def _sample(self, given: Input) -> Sample:
         tokenizer, spec = self._built.tokenizer, self._spec
         image = points = None
         present: set[Modality] = set()
         if given.image is not None:
-            picture = load_image(given.image) if isinstance(given.image, Path) else given.image.convert("RGB")
-            image = image_array(picture, spec)
+            image = image_array(given.image.convert("RGB"), spec)
             present.add("image")
         if given.points_NC is not None:
             points = select_points(given.points_NC, spec, _POINT_DRAW)
             present.add("points")
         bos, prompt = bos_ids(tokenizer), prompt_ids(tokenizer, [given.caption])[0]
-        length = len(bos) + spec.modality_tokens(present) + len(prompt)
+        start = target_ids(tokenizer, [given.start])[0][:-1]  # without EOS
+        length = len(bos) + spec.modality_tokens(present) + len(prompt) + len(start)
         if length >= spec.max_seq_length:
             raise DataError(
                 f"the input takes {length} tokens of the {spec.max_seq_length} that the model was trained "
@@ -137,22 +199,28 @@ class Generator:
             combo=next(combo for combo, modalities in MODALITIES.items() if modalities == present),
             bos=bos,
             prompt=prompt,
-            target=[],
+            target=start,
             image_3HW=image,
             points_PC=points,
+            supervised=False,
         )
 
     @torch.no_grad()
     def _generate_batch(
-        self, samples: Sequence[Sample], limit: int, temperature: float, seed: int, progress: SlowProgress
+        self,
+        samples: Sequence[Sample],
+        drafts: Sequence[Draft | None],
+        limit: int,
+        temperature: float,
+        seed: int,
+        progress: SlowProgress,
     ) -> Tensor:
         """Give the new tokens (B, R), padded behind EOS."""
         model, tokenizer = self._built.model, self._built.tokenizer
         device = next(model.parameters()).device
         batch = collate(samples, self._spec, pad_id(tokenizer)).to(device)
         embeds_BTD, attention_mask_BT = _left_padded(self._embed(batch), batch.attention_mask_BT)
-        masker = self._masker if self._is_command else None
-        processor = _StepProcessor(masker, self._grammar.start, progress)
+        processor = _StepProcessor(drafts, progress)
         config = GenerationConfig(
             max_new_tokens=limit,
             # Spelled out, because a model's own defaults would fill the gaps.
@@ -182,13 +250,13 @@ class Generator:
         )
         return embeds_BTD
 
-    def _read(self, tokens_R: list[int], limit: int) -> Output:
-        """Read one row of new tokens."""
+    def _read(self, start: str, tokens_R: list[int], limit: int) -> Output:
+        """Read one row of new tokens behind the given start."""
         end = eos_id(self._built.tokenizer)
         is_complete = end in tokens_R
         body = tokens_R[: tokens_R.index(end)] if is_complete else tokens_R
         # The bytes that the grammar saw: a tokenizer's own decoding may move spaces.
-        text = b"".join(self._vocabulary[token] or b"" for token in body).decode(errors="replace")
+        text = start + b"".join(self._vocabulary[token] or b"" for token in body).decode(errors="replace")
         if not is_complete:
             return Output(
                 text=text,
@@ -213,30 +281,32 @@ class Generator:
 
 
 class _StepProcessor(LogitsProcessor):
-    """Forbid every token that leaves the command language, and count steps. Holds one state per row."""
+    """Forbid every token that a row's draft does not allow, and count steps."""
 
-    def __init__(self, masker: TokenMasker | None, start: int, progress: SlowProgress) -> None:
-        self._masker = masker
-        self._start = start
+    def __init__(self, drafts: Sequence[Draft | None], progress: SlowProgress) -> None:
+        self._drafts = [draft for draft in drafts if draft is not None]
         self._progress = progress
-        self._states: list[int] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Mask (B, V) logits, given the (B, n) tokens that were generated so far."""
         self._progress.advance()
-        if self._masker is None:
+        if not self._drafts:
             return scores
-        if not self._states:
-            assert input_ids.shape[1] == 0, "the prompt is given as embeddings, it has no ids"
-            self._states = [self._start] * len(scores)
-        else:
-            # Behind its EOS a row is padded; that is not part of its text.
-            self._states = [
-                state if state == ENDED else self._masker.advance(state, token)
-                for state, token in zip(self._states, input_ids[:, -1].tolist(), strict=True)
-            ]
-        allowed_BV = np.stack([self._masker.allowed(state) for state in self._states])
-        return scores.masked_fill(~torch.from_numpy(allowed_BV).to(scores.device), -torch.inf)
+        if input_ids.shape[1] > 0:  # the prompt is given as embeddings, it has no ids
+            for draft, token in zip(self._drafts, input_ids[:, -1].tolist(), strict=True):
+                if not draft.is_ended:  # behind its EOS a row is padded
+                    draft.append(token)
+        return _only([draft.allowed() for draft in self._drafts], scores)
+
+
+def _only(allowed: Sequence[TokenIds], scores_BV: Tensor) -> Tensor:
+    """The scores of each row's allowed tokens; -inf for all others. Few are allowed, so few are moved."""
+    ids_BK = np.empty((len(allowed), max(map(len, allowed))), dtype=np.int64)
+    for row_K, ids in zip(ids_BK, allowed, strict=True):
+        row_K[: len(ids)] = ids
+        row_K[len(ids) :] = ids[0]
+    index_BK = torch.from_numpy(ids_BK).to(scores_BV.device)
+    return torch.full_like(scores_BV, -torch.inf).scatter_(1, index_BK, scores_BV.gather(1, index_BK))
 
 
 def _left_padded(embeds_BTD: Tensor, attention_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,6 +348,7 @@ def write_outputs(
     artifacts: dict[str, Artifact] = {}
     for name, output in outputs.items():
         stem = out_dir / name
+        stem.parent.mkdir(parents=True, exist_ok=True)
         for suffix in (".json", ".step", ".png"):  # of an earlier run
             stem.with_name(stem.name + suffix).unlink(missing_ok=True)
         stem.with_name(f"{stem.name}.txt").write_text(output.text + "\n", encoding="utf-8")
@@ -289,24 +360,103 @@ def write_outputs(
     return errors | dict(zip(artifacts, failures, strict=True))
 
 
-def generate_files(
-    checkpoint: Path,
-    out: Path,
-    *,
-    text: str = "",
-    points: Path | None = None,
-    image: Path | None = None,
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings:
+    """How programs are generated from files."""
+
+    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
+    best_of: int = 1
+    """Candidates for each input."""
+    temperature: float = 0.0
+    """Of drawn tokens; the first of several candidates is greedy."""
+    seed: int = 0
+    batch_size: int = 8
+    workers: int = 1
+    """Processes that build solids."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """What became of one input."""
+
+    id: str
+    error: str | None
+    """Why there is no solid; None if there is one."""
+    was_cut: bool
+    """The program had to end where it does."""
+
+
+def generate_file(checkpoint: Path, out: Path, given: InputFiles, settings: GenerateSettings) -> None:
     """Generate one program and write it as `<out>/program.{txt,json,step,png}`.
 
-    CadError: what came out is no program or no solid (the .txt is there to look at).
+    Errors as for `Generator.generate`; CadError as well: no solid came out (the .txt is there to look at).
     """
     make_writable(out, "--out")
-    given = Input(caption=text, points_NC=None if points is None else load_points(points), image=image)
+    read = given.read()
+    (result,) = _generate_and_write(Generator.from_checkpoint(checkpoint), out, {"program": read}, settings)
+    if result.error is not None:
+        raise CadError(f"no solid came out: {result.error}; the text is in {out / 'program.txt'}")
+    cut = f" (ended after {settings.max_new_tokens} tokens: --max_new_tokens)" if result.was_cut else ""
+    print(f"wrote {out}/program.txt, program.json, program.step and program.png{cut}")
+
+
+def generate_folder(
+    checkpoint: Path, out: Path, inputs: Mapping[str, InputFiles], settings: GenerateSettings
+) -> list[Generated]:
+    """Generate a program for each input and write it as `<out>/<id>.{txt,json,step,png}`.
+
+    An input that cannot be used costs itself alone. `<out>/generated.jsonl` lists all, in their order.
+    """
+    make_writable(out, "--out")
     generator = Generator.from_checkpoint(checkpoint)
-    output = generator.generate([given], max_new_tokens)[0]
-    error = write_outputs(out, {"program": output})["program"]
-    if error is not None:
-        raise CadError(f"no solid came out: {error}; the text is in {out / 'program.txt'}")
-    print(f"wrote {out}/program.txt, program.json, program.step and program.png")
+    ids = list(inputs)
+    results: dict[str, Generated] = {}
+    with SlowProgress("generating", len(ids)) as progress:
+        for first in range(0, len(ids), settings.batch_size):
+            batch = ids[first : first + settings.batch_size]
+            usable: dict[str, Input] = {}
+            for one in batch:
+                try:
+                    usable[one] = generator.usable(inputs[one].read(), settings.max_new_tokens)
+                except DataError as error:
+                    results[one] = Generated(id=one, error=str(error), was_cut=False)
+            for result in _generate_and_write(generator, out, usable, settings):
+                results[result.id] = result
+            progress.advance(len(batch))
+    ordered = [results[one] for one in ids]
+    with atomic_path(out / LIST_FILE) as path:
+        path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in ordered), encoding="utf-8")
+    return ordered
+
+
+def _generate_and_write(
+    generator: Generator, out: Path, inputs: Mapping[str, Input], settings: GenerateSettings
+) -> list[Generated]:
+    generated = generator.generate_best(
+        list(inputs.values()),
+        settings.max_new_tokens,
+        candidates=settings.best_of,
+        temperature=settings.temperature,
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        workers=settings.workers,
+    )
+    outputs = dict(zip(inputs, generated, strict=True))
+    errors = write_outputs(out, outputs, workers=settings.workers)
+    return [Generated(id=one, error=errors[one], was_cut=outputs[one].was_cut) for one in outputs]
+
+
+def print_generated(results: Sequence[Generated], out: Path, console: Console) -> None:
+    """Counts as a table, then each input without a solid and why."""
+    table = Table("generated", "")
+    table.add_row("inputs", str(len(results)))
+    table.add_row("solids", str(sum(one.error is None for one in results)))
+    table.add_row("ended by --max_new_tokens", str(sum(one.was_cut for one in results)))
+    console.print(table)
+    failed = [one for one in results if one.error is not None]
+    if failed:
+        reasons = Table("no solid", "reason")
+        for one in failed:
+            reasons.add_row(Text(one.id), Text(one.error or ""))  # as text: brackets are no markup
+        console.print(reasons)
+    console.print(f"written to {out}", highlight=False, markup=False)

@@ -20,13 +20,15 @@ ALLOWED: dict[str, set[str]] = {
     "model": _BASE,
     "train": _BASE | {"cad", "data", "model", "settings"},
     "artifacts": _BASE | {"cad", "data"},
-    "generate": _BASE | {"cad", "data", "model", "artifacts"},
+    "inputs": _BASE | {"data"},
+    "choose": _BASE | {"cad", "data", "artifacts"},
+    "generate": _BASE | {"cad", "data", "model", "artifacts", "inputs", "choose"},
     "report": _BASE | {"cad"},
     "settings": _BASE,
     "cluster": _BASE,
     "launch": _BASE,
-    "demo": _BASE | {"cad", "data", "artifacts", "generate", "report", "cli"},
-    "cli": _BASE | {"cad", "data", "train", "generate", "report", "settings", "cluster"},
+    "demo": _BASE | {"cad", "data", "artifacts", "inputs", "generate", "report", "cli"},
+    "cli": _BASE | {"cad", "data", "train", "inputs", "generate", "report", "settings", "cluster"},
     "train_curriculum": {"cli"},
 }
 

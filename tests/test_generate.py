@@ -2,19 +2,31 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 from cad_mllm.cad import codec, omnicad
-from cad_mllm.cad.grammar import CommandGrammar
 from cad_mllm.cad.program import CadProgram
 from cad_mllm.config import ModelConfig
+from cad_mllm.data.dummy import write_dummy_data
 from cad_mllm.errors import CadError, CheckpointError, ConfigError, DataError
-from cad_mllm.generate import Generator, Input, Output, find_export, generate_files, write_outputs
+from cad_mllm.generate import (
+    GenerateSettings,
+    Generator,
+    Output,
+    find_export,
+    generate_file,
+    generate_folder,
+    print_generated,
+    write_outputs,
+)
+from cad_mllm.inputs import Input, InputFiles, read_folder
 from cad_mllm.model.build import build_model
 from cad_mllm.model.export import export_weights
 
@@ -66,38 +78,64 @@ def generator(checkpoint: Path) -> Generator:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_whatever_an_untrained_model_says_is_command_text(generator: Generator, temperature: float) -> None:
-    grammar = CommandGrammar(8)
-    outputs = generator.generate(INPUTS * 2, 40, temperature=temperature, seed=3)
+@pytest.mark.parametrize("limit", [25, 90, 300])
+def test_whatever_an_untrained_model_says_is_a_program(
+    generator: Generator, temperature: float, limit: int
+) -> None:
+    outputs = generator.generate(INPUTS * 2, limit, temperature=temperature, seed=3)
     assert len(outputs) == len(INPUTS) * 2
     for output in outputs:
-        state = grammar.advance(grammar.start, output.text)
-        assert output.text and state is not None, output.text
-        if output.program is not None:
-            assert grammar.is_complete(state)
-            assert output.error is None
-        else:
-            assert output.error
+        assert output.program == codec.decode(output.text, 8)
+        assert output.error is None
 
 
-def test_an_output_that_hits_the_limit_is_reported_never_cut_silently(generator: Generator) -> None:
-    (output,) = generator.generate(INPUTS[:1], 7)
-    assert output.program is None
-    assert output.error is not None and "7 tokens" in output.error
+def test_a_program_that_hits_the_limit_ends_there_and_says_so(generator: Generator) -> None:
+    (output,) = generator.generate(INPUTS[:1], 30)
+    assert output.program is not None and output.was_cut
+    with pytest.raises(ConfigError, match=r"limit of 7 tokens is too low.*--max_new_tokens"):
+        generator.generate(INPUTS[:1], 7)
+
+
+def test_a_given_beginning_is_gone_on_with(generator: Generator) -> None:
+    start = PLATE + ";JZ0,0"
+    outputs = generator.generate([replace(one, start=start) for one in INPUTS], 60, temperature=1.0)
+    for output in outputs:
+        assert output.text.startswith(start) and output.program is not None
+        assert len(output.program.extrudes) >= 2
+        assert output.program.extrudes[0] == codec.decode(PLATE, 8).extrudes[0]
+    with pytest.raises(CadError, match="no program begins like that"):
+        generator.generate([Input(start="plate")])
+
+
+def test_what_was_given_is_what_the_model_reads(generator: Generator) -> None:
+    """The likeliest text, and the likeliest text behind its own first half, are the same."""
+    (whole,) = generator.generate(INPUTS[:1], 200)
+    half = whole.text[: len(whole.text) // 2]  # of single bytes: tiny's tokens are bytes
+    (rest,) = generator.generate([replace(INPUTS[0], start=half)], 200 - len(half))
+    assert rest.text == whole.text
+
+
+def test_the_best_of_several_is_the_nearest_to_the_points(generator: Generator) -> None:
+    best = generator.generate_best(INPUTS[1:2], 60, candidates=4, temperature=1.5, seed=1)
+    greedy = generator.generate(INPUTS[1:2], 60)
+    drawn = [generator.generate(INPUTS[1:2], 60, temperature=1.5, seed=1 + n) for n in (0, 1, 2)]
+    assert best[0] in [*greedy, *(one for (one,) in drawn)]
+    once = generator.generate_best(INPUTS[1:2], 60, candidates=1, temperature=0.0)
+    assert once == greedy
 
 
 def test_neighbours_in_the_batch_do_not_matter(generator: Generator) -> None:
-    together = generator.generate(INPUTS, 20)
-    assert together == generator.generate(INPUTS, 20, batch_size=1)
-    assert together[::-1] == generator.generate(INPUTS[::-1], 20, batch_size=3)
+    together = generator.generate(INPUTS, 120)
+    assert together == generator.generate(INPUTS, 120, batch_size=1)
+    assert together[::-1] == generator.generate(INPUTS[::-1], 120, batch_size=3)
 
 
 def test_draws_follow_from_the_seed_and_leave_the_global_generator_alone(generator: Generator) -> None:
     torch.manual_seed(0)
-    first = generator.generate(INPUTS, 20, temperature=1.5, seed=1)
+    first = generator.generate(INPUTS, 120, temperature=1.5, seed=1)
     drawn = torch.rand(2)
-    assert first == generator.generate(INPUTS, 20, temperature=1.5, seed=1)
-    assert first != generator.generate(INPUTS, 20, temperature=1.5, seed=2)
+    assert first == generator.generate(INPUTS, 120, temperature=1.5, seed=1)
+    assert first != generator.generate(INPUTS, 120, temperature=1.5, seed=2)
     torch.manual_seed(0)
     assert torch.equal(torch.rand(2), drawn)
 
@@ -107,15 +145,17 @@ def test_the_prompt_is_the_sequence_that_training_sees(generator: Generator) -> 
     from cad_mllm.model.multimodal import MultimodalLM
 
     model: MultimodalLM = generator._built.model
-    sample = generator._sample(INPUTS[3])
+    sample = generator._sample(replace(INPUTS[3], start="N"))
     with torch.no_grad():
         from cad_mllm.data.collate import collate
 
         batch = collate([sample], generator._spec, 256)
         logits = model.lm(inputs_embeds=generator._embed(batch)).logits[0, -1]
-    start = generator._masker.allowed(generator._grammar.start)
-    best = int(logits.masked_fill(~torch.from_numpy(start.copy()), -torch.inf).argmax())
-    assert generator.generate([INPUTS[0], INPUTS[3]], 3)[1].text[0] == chr(best)
+    # The grammar leaves the first token no choice but N: so the second is compared.
+    logits = logits[[ord("X"), ord("Y"), ord("Z"), ord("O")]]
+    best = "XYZO"[int(logits.argmax())]
+    outputs = generator.generate([INPUTS[0], replace(INPUTS[3], start="N")], 150)
+    assert outputs[1].text[1] == best
 
 
 def test_a_caption_that_leaves_no_room_is_refused(generator: Generator) -> None:
@@ -168,22 +208,71 @@ def test_a_program_leaves_text_json_step_and_picture_and_a_failure_only_its_text
         assert picture.size == (448, 448) and len(picture.convert("L").getcolors() or []) > 2
 
 
+@pytest.fixture
+def twelve(tmp_path: Path) -> Path:
+    """A folder with inputs of every kind."""
+    folder = tmp_path / "inputs"
+    (folder / "more").mkdir(parents=True)
+    for number in range(4):
+        (folder / f"text{number}.txt").write_text("A plate.\n")
+        np.savez(folder / "more" / f"cloud{number}.npz", points=_cloud(number))
+        (folder / f"all{number}.txt").write_text("A ring.")
+        np.savez(folder / f"all{number}.npz", points=_cloud(number))
+        Image.new("RGB", (30, 30), "white").save(folder / f"all{number}.png")
+    return folder
+
+
+def test_a_folder_of_inputs_becomes_a_folder_of_programs(
+    tmp_path: Path, checkpoint: Path, twelve: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (twelve / "broken.npz").write_bytes(b"no points")
+    (twelve / "long.txt").write_text("long " * 300)
+    inputs = read_folder(twelve)
+    assert len(inputs) == 14 and inputs["all0"].points and inputs["all0"].image and inputs["all0"].caption
+    out = tmp_path / "out"
+    how = GenerateSettings(max_new_tokens=60, batch_size=5)
+    results = generate_folder(checkpoint, out, inputs, how)
+    assert [one.id for one in results] == sorted(inputs)
+    unusable = {one.id: one.error for one in results if one.id in ("broken", "long")}
+    assert "unreadable points" in (unusable["broken"] or "") and "512" in (unusable["long"] or "")
+    for one in results:
+        if one.id not in unusable:
+            codec.decode((out / f"{one.id}.txt").read_text().strip(), 8)
+            assert (out / f"{one.id}.step").is_file() == (one.error is None)
+    lines = [json.loads(line) for line in (out / "generated.jsonl").read_text().splitlines()]
+    assert lines == [asdict(one) for one in results]
+    print_generated(results, out, Console(width=120))
+    assert "broken" in capsys.readouterr().out
+
+
+def test_a_data_set_is_a_folder_of_inputs_and_modalities_narrow_it(tmp_path: Path) -> None:
+    write_dummy_data(tmp_path, num_samples=2, seed=1, workers=1)
+    everything = read_folder(tmp_path)
+    assert all(one.caption and one.points and one.image for one in everything.values())
+    points = read_folder(tmp_path, {"points"})
+    assert points.keys() == everything.keys()
+    assert all(not one.caption and one.points and not one.image for one in points.values())
+
+
+def test_a_folder_with_nothing_in_it_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a folder"):
+        read_folder(tmp_path / "none")
+    (tmp_path / "README.md").write_text("no input")
+    with pytest.raises(DataError, match=r"nothing to generate from: .*NAME\.txt"):
+        read_folder(tmp_path)
+
+
 def test_the_command_says_where_the_text_is_when_no_solid_came_out(tmp_path: Path, checkpoint: Path) -> None:
-    np.savez(tmp_path / "scan.npz", points=_cloud(1))
-    Image.new("RGB", (30, 30), "white").save(tmp_path / "view.png")
-    with pytest.raises(CadError, match=r"incomplete.*program\.txt"):
-        generate_files(
-            checkpoint.parent.parent,
-            tmp_path / "out",
-            text="a plate",
-            points=tmp_path / "scan.npz",
-            image=tmp_path / "view.png",
-            max_new_tokens=6,
-        )
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"program.txt"}
+    # What follows cuts all of it away again.
+    start = PLATE + ";CZ0,0,127,254,254E254P0,0H254V254H0;CZ0,0,127,254,254F254P0,0H254V254H0"
+    with pytest.raises(CadError, match=r"no solid came out.*program\.txt"):
+        given = InputFiles(caption="a plate", points=None, image=None, start=start)
+        generate_file(checkpoint, tmp_path / "out", given, GenerateSettings(max_new_tokens=5))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"program.txt", "program.json"}
 
 
 def test_an_out_that_cannot_be_written_is_named_before_any_work(tmp_path: Path, checkpoint: Path) -> None:
     (tmp_path / "file").write_text("")
+    given = InputFiles(caption="a plate", points=None, image=None)
     with pytest.raises(ConfigError, match=r"--out .*file: cannot be written"):
-        generate_files(checkpoint, tmp_path / "file", text="a plate")
+        generate_file(checkpoint, tmp_path / "file", given, GenerateSettings())

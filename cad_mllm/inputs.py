@@ -1,0 +1,112 @@
+"""What programs are generated from: one input, or a folder of them."""
+
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image
+
+from cad_mllm.data.check import read_candidates
+from cad_mllm.data.files import FloatArray, UnusableFileError, load_image, load_points
+from cad_mllm.data.layout import JSON_FOLDER, POINT_SUFFIXES, TEXT_FOLDER, Source, walk_files
+from cad_mllm.errors import DataError
+
+CAPTION_SUFFIX = ".txt"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+Given = Literal["text", "points", "image"]
+EVERYTHING: frozenset[Given] = frozenset({"text", "points", "image"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """What to make a program from. An absent modality is not in the sequence."""
+
+    caption: str = ""
+    points_NC: FloatArray | None = None
+    """(N, 6) coordinates and unit normals, at any scale; N >= 1, finite."""
+    image: Image.Image | None = None
+    start: str = ""
+    """Command text that the program begins with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFiles:
+    """An input whose files are not read yet."""
+
+    caption: str
+    points: Path | None
+    image: Path | None
+    start: str = ""
+
+    def read(self) -> Input:
+        """Read points and picture; UnusableFileError: they cannot be."""
+        points_NC = None if self.points is None else load_points(self.points)
+        image = None if self.image is None else load_image(self.image)
+        return Input(caption=self.caption, points_NC=points_NC, image=image, start=self.start)
+
+
+def read_folder(root: Path, modalities: Set[Given] = EVERYTHING) -> dict[str, InputFiles]:
+    """The inputs of a folder by name, sorted.
+
+    A data set in the Omni-CAD layout gives captions, clouds and first views by sample id. Any other folder
+    gives an input for each stem that it holds: NAME.txt is a caption, NAME.npz or .npy a cloud, NAME.png,
+    .jpg or .webp a picture. What is not in `modalities` is left out.
+    DataError: there is nothing.
+    """
+    if not root.is_dir():
+        raise DataError(f"--folder {root} is not a folder")
+    is_data_set = (root / TEXT_FOLDER).is_dir() and (root / JSON_FOLDER).is_dir()
+    found = _of_data_set(Source.from_folder(root)) if is_data_set else _of_files(root)
+    used = {
+        name: InputFiles(
+            caption=one.caption if "text" in modalities else "",
+            points=one.points if "points" in modalities else None,
+            image=one.image if "image" in modalities else None,
+        )
+        for name, one in sorted(found.items())
+    }
+    inputs = {name: one for name, one in used.items() if one.caption or one.points or one.image}
+    if not inputs:
+        raise DataError(
+            f"--folder {root} holds nothing to generate from: it takes NAME.txt (caption), NAME.npz "
+            "(points), NAME.png (picture), or a data set in the Omni-CAD layout"
+        )
+    return inputs
+
+
+def _of_data_set(source: Source) -> Mapping[str, InputFiles]:
+    candidates, _ = read_candidates(source)
+    return {
+        one.id: InputFiles(
+            caption=one.caption,
+            points=source.points_file(one.id),
+            image=next(iter(source.image_files(one.id)), None),
+        )
+        for one in candidates
+    }
+
+
+def _of_files(root: Path) -> Mapping[str, InputFiles]:
+    names: dict[str, dict[str, Path]] = {}
+    for name, _ in walk_files(root):
+        path = root / name
+        names.setdefault(str(Path(name).with_suffix("")), {})[path.suffix.lower()] = path
+    return {
+        name: InputFiles(
+            caption=_caption(files.get(CAPTION_SUFFIX)),
+            points=next((files[suffix] for suffix in POINT_SUFFIXES if suffix in files), None),
+            image=next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), None),
+        )
+        for name, files in names.items()
+    }
+
+
+def _caption(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnusableFileError(path, f"unreadable caption: {error}") from error
