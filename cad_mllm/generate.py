@@ -42,6 +42,8 @@ from cad_mllm.model.seeding import private_rng
 
 DEFAULT_MAX_NEW_TOKENS = 1024
 LIST_FILE = "generated.jsonl"
+_WRITTEN_AT_ONCE = 256
+"""Inputs after which files are written: a run that is stopped keeps most, workers start seldom."""
 _WRITING_SECONDS = 60.0
 _POINT_DRAW = (0, 0, 0, "generate")
 """(seed, stage, epoch, id) by which the points of an input are drawn: always the same ones."""
@@ -411,18 +413,18 @@ def generate_folder(
     generator = Generator.from_checkpoint(checkpoint)
     ids = list(inputs)
     results: dict[str, Generated] = {}
-    with SlowProgress("generating", len(ids)) as progress:
-        for first in range(0, len(ids), settings.batch_size):
-            batch = ids[first : first + settings.batch_size]
-            usable: dict[str, Input] = {}
-            for one in batch:
-                try:
-                    usable[one] = generator.usable(inputs[one].read(), settings.max_new_tokens)
-                except DataError as error:
-                    results[one] = Generated(id=one, error=str(error), was_cut=False)
-            for result in _generate_and_write(generator, out, usable, settings):
-                results[result.id] = result
-            progress.advance(len(batch))
+    for first in range(0, len(ids), _WRITTEN_AT_ONCE):
+        some = ids[first : first + _WRITTEN_AT_ONCE]
+        if len(ids) > _WRITTEN_AT_ONCE:
+            print(f"inputs {first + 1} to {first + len(some)} of {len(ids)}")
+        usable: dict[str, Input] = {}
+        for one in some:
+            try:
+                usable[one] = generator.usable(inputs[one].read(), settings.max_new_tokens)
+            except DataError as error:
+                results[one] = Generated(id=one, error=str(error), was_cut=False)
+        for result in _generate_and_write(generator, out, usable, settings):
+            results[result.id] = result
     ordered = [results[one] for one in ids]
     with atomic_path(out / LIST_FILE) as path:
         path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in ordered), encoding="utf-8")

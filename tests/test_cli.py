@@ -365,6 +365,23 @@ def test_a_stop_after_a_checkpoint_is_143() -> None:
         (["make-dummy", "--out", "x", "--num_samples", "0"], "--num_samples must be at least 1, got 0"),
         (["generate", "--checkpoint", "c", "--out", "o"], "give --text, --points or --image"),
         (["generate", "--checkpoint", "c", "--out", "o", "--txt", "x"], "did you mean --text?"),
+        (["generate", "--checkpoint", "c", "--out", "o", "--text", "x", "--folder", "f"], "one or the other"),
+        (
+            [
+                "generate",
+                "--checkpoint",
+                "c",
+                "--out",
+                "o",
+                "--text",
+                "x",
+                "--best_of",
+                "4",
+                "--temperature",
+                "0",
+            ],
+            "--best_of with --temperature 0",
+        ),
     ],
 )
 def test_mistakes_in_the_other_commands(

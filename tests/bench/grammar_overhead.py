@@ -2,7 +2,7 @@
 
     python tests/bench/grammar_overhead.py [--tokenizer FOLDER] [--bits 8] [--device cpu|cuda]
 
-The text is random: tokens are drawn among those that are allowed, so that drafts stand in all kinds of places.
+The text is random: tokens are drawn among those that are allowed, so drafts stand in all kinds of places.
 """
 
 import argparse
@@ -52,8 +52,9 @@ def main() -> None:
                 token = torch.distributions.Categorical(logits=masked).sample()[:, None]
                 written = torch.cat([written, token], dim=1)
     print(
-        f"grammar: median {statistics.median(seconds) * 1e3:.2f} ms a step, mean {statistics.mean(seconds) * 1e3:.2f}, "
-        f"most {max(seconds) * 1e3:.1f}; taking the largest of {BATCH} x {given.vocab_size} scores: "
+        f"grammar: median {statistics.median(seconds) * 1e3:.2f} ms a step, "
+        f"mean {statistics.mean(seconds) * 1e3:.2f}, most {max(seconds) * 1e3:.1f}; "
+        f"the largest of {BATCH} x {given.vocab_size} scores: "
         f"{statistics.median(plain) * 1e3:.2f} ms"
     )
 

@@ -1,14 +1,20 @@
 """Whatever is drawn under a draft's mask is a program, within its limit; and every program can be drawn."""
 
 import random
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-from cad_mllm.cad import codec
+from cad_mllm.cad import codec, synth
 from cad_mllm.cad.draft import Draft, Drafts
+from cad_mllm.cad.grammar import vocabulary_bytes
+from cad_mllm.cad.normalise import normalise
 from cad_mllm.errors import CadError, ConfigError
+from cad_mllm.model.presets import byte_tokenizer
 from tests.cad.strategies import command_texts
 from tests.cad.test_grammar import GRAMMARS
 
@@ -77,6 +83,46 @@ def first_loop_is_empty(text: str, bits: int) -> bool:
         if not codec.is_feature(feature[:end], bits):
             return True
     return False
+
+
+def tokenizers() -> Iterator[tuple[str, PreTrainedTokenizerFast]]:
+    """A vocabulary of bytes, one of pieces learned from command texts across all borders, one with U+2581."""
+    texts = [codec.encode(normalise(synth.make_program(seed)[0]).program) for seed in range(60)]
+    yield "bytes", byte_tokenizer()
+    merged = Tokenizer(models.BPE())
+    merged.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    merged.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
+    )
+    yield "merged", PreTrainedTokenizerFast(tokenizer_object=merged)
+    pieces = Tokenizer(models.Unigram())
+    pieces.pre_tokenizer = pre_tokenizers.Metaspace()
+    letters = sorted(GRAMMARS[8].alphabet)
+    pieces.train_from_iterator(
+        texts, trainers.UnigramTrainer(vocab_size=300, initial_alphabet=letters, show_progress=False)
+    )
+    yield "pieces", PreTrainedTokenizerFast(tokenizer_object=pieces)
+
+
+@pytest.mark.parametrize(("name", "tokenizer"), tokenizers())
+def test_with_any_tokenizer(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    vocabulary = vocabulary_bytes(tokenizer)
+    drafts = Drafts(8, [*vocabulary, None], len(vocabulary))
+    rng = random.Random(1)
+    cut = longest = 0
+    for _ in range(100):
+        draft, text = drafts.begin(limit=400), b""
+        while not draft.is_ended:
+            token = rng.choice(draft.allowed().tolist())
+            draft.append(token)
+            piece = ([*vocabulary, None])[token] or b""
+            longest = max(longest, len(piece))
+            text += piece
+        codec.decode(text.decode(), 8)
+        cut += draft.was_cut
+    assert cut < 100
+    assert longest > 1 or name == "bytes"
 
 
 def test_a_path_goes_on_until_it_encloses_something() -> None:
