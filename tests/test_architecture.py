@@ -37,6 +37,7 @@ ONLY_IN: dict[str, set[str]] = {
     "deepspeed": {"train/engine.py", "train/zero.py", "model/build.py"},
     "wandb": {"train/tracking.py"},
     "OCP": {"cad/"},
+    "pyarrow": {"data/shards.py"},
     "tyro": {"settings.py"},
     "kubernetes": {"cluster/"},
 }
