@@ -41,10 +41,10 @@ class ModelConfig:
 class DataConfig:
     """Where the samples come from and what a sample is."""
 
-    train_data_path: Path | None = None
-    """Folder in the Omni-CAD layout (json/ txt/ pcd/ img/); short for the four --omnicad_* paths."""
-    val_data_path: Path | None = None
-    """The same for validation. Unset: no validation loss (dummy data bring their own)."""
+    train_data_path: str | None = None
+    """Sharded data set (folder or URL), or folder with json/ txt/ pcd/ img/, short for the --omnicad_*."""
+    val_data_path: str | None = None
+    """The same for validation. Unset: the val split of a sharded data set, else no validation loss."""
     omnicad_txt_path: Path | None = None
     """Folder of caption files (txt/0000.json ...)."""
     omnicad_json_root: Path | None = None

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cad_mllm.data.files import load_image, load_points
+from cad_mllm.data.layout import view_path
 from cad_mllm.generate import Generator, Input
 from cad_mllm.settings import parse_train_args
 from cad_mllm.train.distributed import world
@@ -50,9 +51,8 @@ def test_eight_models_with_one_caption_are_reproduced_exactly(combo: str, tmp_pa
     assert len(set(targets)) == NUM_SAMPLES
     inputs = []
     for record in records:
-        assert record.points is not None
-        points = load_points(data / "pcd" / record.points) if "points" in combo else None
-        image = load_image(data / "img" / record.images[0]) if "image" in combo else None
+        points = load_points(data / "pcd" / f"{record.id}.npz") if "points" in combo else None
+        image = load_image(view_path(data / "img", record.id, 0)) if "image" in combo else None
         inputs.append(Input(caption=CAPTION, points_NC=points, image=image))
     shutil.rmtree(data)  # what is generated comes from the checkpoint alone
     outputs = Generator.from_checkpoint(tmp_path / "out").generate(inputs, max_new_tokens=400)

@@ -12,19 +12,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from cad_mllm.data import order
+from cad_mllm.data.augment import Variant
 from cad_mllm.data.collate import Batch, Sample, collate, image_array, select_points
-from cad_mllm.data.files import UnusableFileError, load_image, load_points
-from cad_mllm.data.index import Index, Record
-from cad_mllm.data.sequence import (
-    MODALITIES,
-    Combo,
-    SequenceSpec,
-    TextTokenizer,
-    bos_ids,
-    pad_id,
-    prompt_ids,
-    target_ids,
-)
+from cad_mllm.data.files import FloatArray, UnusableFileError
+from cad_mllm.data.index import Index
+from cad_mllm.data.sequence import MODALITIES, Combo, SequenceSpec, TextTokenizer, bos_ids, pad_id
 
 T = TypeVar("T")
 
@@ -63,6 +55,8 @@ class Item:
     epoch: int
     combo: Combo
     supervised: bool = True
+    variant: Variant | None = None
+    """The part of its program that is the target; None: all of it."""
 
 
 class BatchBuilder:
@@ -78,7 +72,6 @@ class BatchBuilder:
         seconds: float,
     ) -> None:
         self._index = index
-        self._tokenizer = tokenizer
         self._spec = spec
         self._seed = seed
         self._stage = stage
@@ -90,63 +83,62 @@ class BatchBuilder:
         """One micro-batch of the samples, in their order; `all_lost`: why none of them is to be read."""
         samples, lost = [], []
         for item in items:
-            record = self._index.record(item.number)
             try:
-                if all_lost is not None:
-                    raise UnusableFileError(self._named(record), all_lost)
-                sample = _within(self._seconds, self._named(record), partial(self._sample, item, record))
+                sample = self._sample(item, all_lost)
             except UnusableFileError as fault:
-                sample = self._text_of(item, record, supervised=False)
+                sample = replace(self._text_of(item), supervised=False)
                 if item.supervised:
                     lost.append(
                         Lost(
-                            id=record.id,
+                            id=sample.id,
                             file=str(fault.path),
                             reason=fault.reason,
-                            num_target_tokens=record.num_target_tokens,
+                            num_target_tokens=len(sample.target),
                         )
                     )
             samples.append(sample)
         return Loaded(batch=collate(samples, self._spec, self._pad_id), lost=tuple(lost))
 
-    def _named(self, record: Record) -> Path:
-        """The file that stands for a sample where no single one is at fault."""
-        return self._index.source.json / record.json
-
-    def _sample(self, item: Item, record: Record) -> Sample:
-        index = self._index
-        draw = (self._seed, self._stage, item.epoch, record.id)
-        image = points = None
-        if "image" in MODALITIES[item.combo]:
-            assert index.source.images is not None and record.images, (
-                "the index was built for this combination"
-            )
-            view = record.images[order.draw_view(*draw, len(record.images))]
-            image = image_array(load_image(index.source.images / view), self._spec)
-        if "points" in MODALITIES[item.combo]:
-            assert index.source.points is not None and record.points, (
-                "the index was built for this combination"
-            )
-            points = select_points(load_points(index.source.points / record.points), self._spec, draw)
-        text = self._text_of(item, record, supervised=item.supervised)
+    def _sample(self, item: Item, all_lost: str | None) -> Sample:
+        text = self._text_of(item)
+        place = (text.id, self._index.row(item.number))
+        if all_lost is not None:
+            raise UnusableFileError(self._index.store.place(*place), all_lost)
+        if not MODALITIES[item.combo]:
+            return text
+        read = partial(self._modalities, item, *place)
+        image, points = _within(self._seconds, lambda: self._index.store.place(*place), read)
         return replace(text, combo=item.combo, image_3HW=image, points_PC=points)
 
-    def _text_of(self, item: Item, record: Record, *, supervised: bool) -> Sample:
+    def _modalities(
+        self, item: Item, sample_id: str, row: int
+    ) -> tuple[FloatArray | None, FloatArray | None]:
+        """What is read from the store: image (3, H, W) and points (P, 6)."""
+        store, draw = self._index.store, (self._seed, self._stage, item.epoch, sample_id)
+        image = points = None
+        if "image" in MODALITIES[item.combo]:
+            num_views = self._index.num_views(item.number)
+            assert num_views, "the index was built for this combination"
+            view = order.draw_view(*draw, num_views)
+            image = image_array(store.image(sample_id, row, view), self._spec)
+        if "points" in MODALITIES[item.combo]:
+            points = select_points(store.points(sample_id, row), self._spec, draw)
+        return image, points
+
+    def _text_of(self, item: Item) -> Sample:
         """The sample without its files."""
-        target = target_ids(self._tokenizer, [record.target])[0]
-        assert len(target) == record.num_target_tokens, "the index was built with this tokenizer"
         return Sample(
-            id=record.id,
+            id=self._index.ids[item.number],
             combo="text",
             bos=self._bos,
-            prompt=prompt_ids(self._tokenizer, [record.caption])[0],
-            target=target,
-            supervised=supervised,
+            prompt=self._index.prompt(item.number, item.variant),
+            target=self._index.target(item.number, item.variant),
+            supervised=item.supervised,
         )
 
 
-def _within(seconds: float, path: Path, work: Callable[[], T]) -> T:
-    """What `work` returns or raises, if it ends in time; UnusableFileError naming `path` if it does not.
+def _within(seconds: float, place: Callable[[], Path | str], work: Callable[[], T]) -> T:
+    """What `work` returns or raises, if it ends in time; UnusableFileError naming `place()` if it does not.
 
     A read from a mount that is gone cannot be interrupted: its thread is left behind.
     """
@@ -162,7 +154,7 @@ def _within(seconds: float, path: Path, work: Callable[[], T]) -> T:
     thread.start()
     thread.join(seconds)
     if not outcome:
-        raise UnusableFileError(path, f"stalled: its files were not read within {seconds:g} s")
+        raise UnusableFileError(place(), f"stalled: its files were not read within {seconds:g} s")
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
     return outcome[0]

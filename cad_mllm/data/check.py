@@ -51,15 +51,17 @@ class Requirements:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """A usable sample; paths relative to the folders of its `Source`, sizes of its files in bytes."""
+    """A usable sample."""
 
     id: str
     caption: str
     target: str
-    json: str
-    points: str | None
-    images: tuple[str, ...]
+    row: int
+    """Where it stands among the rows of its shards; 0 for loose files."""
+    views: int
+    """Pictures of it, if the run needs them."""
     sizes: tuple[int, ...]
+    """Bytes of each of its files, if they are loose."""
 
 
 def read_candidates(source: Source) -> tuple[list[Candidate], list[Skipped]]:
@@ -132,7 +134,7 @@ def _checked(source: Source, requirements: Requirements, candidate: Candidate) -
     json_file = source.json_file(candidate.id)
     target = read_target(json_file, requirements.target_format, requirements.bits)
     files = [json_file]
-    points, images = None, []
+    images: list[Path] = []
     if "points" in requirements.needs:
         assert source.points is not None, "build_index asks for the folder"
         points = source.points_file(candidate.id)
@@ -152,9 +154,8 @@ def _checked(source: Source, requirements: Requirements, candidate: Candidate) -
         id=candidate.id,
         caption=candidate.caption,
         target=target,
-        json=str(json_file.relative_to(source.json)),
-        points=None if points is None or source.points is None else str(points.relative_to(source.points)),
-        images=tuple(str(image.relative_to(source.images)) for image in images) if source.images else (),
+        row=0,
+        views=len(images),
         sizes=tuple(path.stat().st_size for path in files),
     )
 

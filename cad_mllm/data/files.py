@@ -6,6 +6,7 @@ Shapes: N points of a cloud, C = 6 channels (xyz, unit normal).
 import json
 import warnings
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ _NO_RANGE = ("I", "F")
 class UnusableFileError(DataError):
     """A file of a sample that cannot be used; `reason` begins with a category, then `: ` and details."""
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: Path | str, reason: str) -> None:
         super().__init__(path, reason)  # both, so that it survives the way out of a worker process
         self.path = path
         self.reason = reason
@@ -94,17 +95,27 @@ def _checked_points(points: npt.NDArray[np.generic], path: Path) -> FloatArray:
 def load_image(path: Path) -> Image.Image:
     """A fully decoded RGB picture, transparent parts white; UnusableFileError for a broken or cut file."""
     try:
+        with path.open("rb") as file:
+            return decode_image(file, path)
+    except OSError as error:
+        raise UnusableFileError(path, f"unreadable image: {error}") from error
+
+
+def decode_image(file: IO[bytes], place: Path | str) -> Image.Image:
+    """`load_image` of an open file, which errors call `place`."""
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(file) as image:
                 image.verify()
             # verify() leaves the object unusable, and does not see a missing tail
-            with Image.open(path) as image:
+            file.seek(0)
+            with Image.open(file) as image:
                 if image.mode in _NO_RANGE:
                     raise ValueError("32 bits a pixel: save it with 8 or 16")
                 rgba = image.convert("RGBA")
     except Exception as error:  # decoders raise many types on broken bytes
-        raise UnusableFileError(path, f"unreadable image: {error}") from error
+        raise UnusableFileError(place, f"unreadable image: {error}") from error
     picture = Image.new("RGB", rgba.size, _WHITE)
     picture.paste(rgba, mask=rgba.getchannel("A"))
     return picture

@@ -1,58 +1,80 @@
-"""Which samples of a split a run can use, decided once and written down for every rank.
+"""Which samples of a split a run can use, and their tokens, decided once and written down for every rank.
 
-`build_index` (one process) checks every sample and writes `<output_dir>/index-<split>.jsonl`: a header line,
-then one line per usable sample. `load_index` (every rank) reads that file, and nothing else decides about a
-sample: so all ranks agree. An index is used again only if nothing that it was made from has changed.
+`build_index` (one process) checks every sample and writes `<output_dir>/index-<split>.bin`: columns of ids,
+texts, token ids and where each sample is read from. `load_index` (every rank) maps that file, and nothing
+else decides about a sample: so all ranks agree, no text is tokenised while training, and a rank holds next to
+nothing of its own, however many samples there are. An index is used again only if nothing that it was made
+from has changed.
 """
 
 import hashlib
 import json
-import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from cad_mllm.config import TargetFormat
 from cad_mllm.data.atomic import atomic_path
-from cad_mllm.data.check import Candidate, Checked, Requirements, Skipped, check_all, read_candidates
-from cad_mllm.data.layout import Source, Split, walk_files
-from cad_mllm.data.progress import SlowProgress
+from cad_mllm.data.augment import Augmentation, Variant, draw_variant, removable_features, split_features
+from cad_mllm.data.check import Checked, Requirements, Skipped
+from cad_mllm.data.columns import Arrays, ColumnsWriter, read_columns
+from cad_mllm.data.layout import Split
 from cad_mllm.data.sequence import (
     INSTRUCTION,
     Modality,
     SequenceSpec,
     TextTokenizer,
     bos_ids,
+    inner_ids,
     prompt_ids,
     target_ids,
     tokenizer_identity,
 )
-from cad_mllm.errors import ConfigError, DataError
+from cad_mllm.data.stores import Store, open_store
+from cad_mllm.errors import DataError
 
 SKIPPED_FILE = "skipped.jsonl"
 
-_FORMAT = "cad-mllm-index-1"
+_FORMAT = "cad-mllm-index-2"
 _TOKENIZED_AT_ONCE = 256
+
+_LISTS = {
+    "id": "|u1",
+    "caption": "|u1",
+    "text": "|u1",
+    "prompt": "<i4",
+    "target": "<i4",
+    "feature": "<i4",
+    "removable": "<i4",
+    "prefix_note": "<i4",
+    "removal_note": "<i4",
+}
+"""Columns with a list per sample (the notes: per feature number): the lists one after the other.
+
+`id`, `caption`, `text` (the target) in UTF-8. `prompt` without BOS, `target` with EOS. `feature`: target
+tokens up to the end of each feature; `removable`: the numbers, from 1, of the features that may be left out;
+both empty unless the run augments its data. `prefix_note[k - 1]`, `removal_note[j - 1]`: tokens of
+`Variant.note`.
+"""
+_ENDS = "_end"
+"""Name of the column beside each of those: [0, end of the first list, end of the second, ...]."""
+_NUMBERS = {"row": "<i8", "views": "<i4"}
+_DTYPES = {**_LISTS, **{name + _ENDS: "<i8" for name in _LISTS}, **_NUMBERS}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One usable sample. Paths are relative to the folders of the index's `Source`."""
+    """One usable sample, as text."""
 
     id: str
     caption: str
     target: str
-    num_prompt_tokens: int
-    """BOS (if the tokenizer adds one), instruction and caption."""
-    num_target_tokens: int
-    """Target text and EOS: the supervised tokens."""
-    json: str
-    points: str | None
-    images: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +86,8 @@ class IndexSettings:
     """Most tokens of a sequence, everything counted."""
     modality_tokens: int
     """Placeholders of all modalities that the run can draw, together."""
+    augmented: bool
+    """Whether parts of programs are targets too: then their borders are looked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +102,8 @@ class IndexReport:
     num_skipped: int
     num_too_long: int
     """Usable but for their length; not among the skipped."""
+    num_with_parts: int | None
+    """Usable ones that can be augmented; None for a run that does not."""
     reasons: dict[str, int]
     """Why samples were set aside: category -> count."""
     reused: bool
@@ -90,48 +116,121 @@ class IndexReport:
 
 
 class Index:
-    """The usable samples of a split, sorted by id. Captions and targets stay on disk until asked for."""
+    """The usable samples of a split, sorted by id. All columns stay in the mapped file until asked for."""
 
-    def __init__(self, path: Path, header: dict[str, Any], columns: "_Columns") -> None:
+    def __init__(self, path: Path, header: dict[str, Any], arrays: Arrays) -> None:
         self.path = path
         self.fingerprint: str = header["fingerprint"]
         """sha256 over ids, captions, targets, file sizes, target format and bits, for checkpoints."""
         self.needs: frozenset[Modality] = frozenset(header["needs"])
-        roots = header["source"]
-        self.source = Source(
-            text=Path(roots["text"]),
-            json=Path(roots["json"]),
-            points=None if roots["points"] is None else Path(roots["points"]),
-            images=None if roots["images"] is None else Path(roots["images"]),
-        )
-        self.ids = columns.ids
-        self.num_prompt_tokens = columns.num_prompt_tokens
-        """int64 (num_samples,)."""
-        self.num_target_tokens = columns.num_target_tokens
-        """int64 (num_samples,), EOS included."""
-        self._offsets = columns.offsets
+        self.store: Store = open_store(header["store"])
+        self.num_prompt_tokens = np.diff(arrays["prompt" + _ENDS]) + header["num_bos"]
+        """int64 (num_samples,) of whole samples: BOS (if the tokenizer adds one), instruction, caption."""
+        self.num_target_tokens = np.diff(arrays["target" + _ENDS])
+        """int64 (num_samples,) of whole samples: target text and EOS, the supervised tokens."""
+        self.ids = _Ids(self)
+        self._digest: str = header["body_sha256"]
+        self._arrays = arrays
+
+    def __reduce__(self) -> tuple[Callable[..., "Index"], tuple[Path, str]]:
+        return _load_same, (self.path, self._digest)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.num_target_tokens)
 
     def record(self, number: int) -> Record:
-        """One sample, read from the file."""
-        with self.path.open("rb") as file:
-            file.seek(int(self._offsets[number]))
-            line = file.readline()
-        try:
-            record = _record_of(json.loads(line))
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f"{self.path} was overwritten while a run used it: start the run again"
-            ) from error
-        if record.id != self.ids[number]:
-            raise DataError(f"{self.path} was overwritten while a run used it: start the run again")
-        return record
+        """One sample as text."""
+        return Record(
+            id=self._text("id", number),
+            caption=self._text("caption", number),
+            target=self._text("text", number),
+        )
+
+    def row(self, number: int) -> int:
+        """Where the sample stands in its store."""
+        return int(self._arrays["row"][number])
+
+    def num_views(self, number: int) -> int:
+        """Pictures of a sample; 0 if the run needs none."""
+        return int(self._arrays["views"][number])
+
+    def prompt(self, number: int, variant: Variant | None = None) -> list[int]:
+        """Ids of instruction, caption and the variant's note, without BOS."""
+        ids = self._list("prompt", number)
+        return [*ids.tolist(), *([] if variant is None else self._note(variant).tolist())]
+
+    def target(self, number: int, variant: Variant | None = None) -> list[int]:
+        """Ids of the target text, or of the part that the variant asks for, and EOS."""
+        ids = self._list("target", number)
+        if variant is None:
+            return list(ids.tolist())
+        start, end = self._left_out(number, variant)
+        return [*ids[:start].tolist(), *ids[end:].tolist()]
+
+    def num_tokens(self, number: int, variant: Variant | None = None) -> tuple[int, int]:
+        """Prompt tokens (BOS counted) and target tokens (EOS counted) of a sample as it is given."""
+        prompt, target = int(self.num_prompt_tokens[number]), int(self.num_target_tokens[number])
+        if variant is None:
+            return prompt, target
+        start, end = self._left_out(number, variant)
+        return prompt + len(self._note(variant)), target - (end - start)
+
+    def draw_variant(
+        self, number: int, augmentation: Augmentation, seed: int, stage: int, epoch: int
+    ) -> Variant | None:
+        """What a sample is given as in an epoch; see `cad_mllm.data.augment`."""
+        features = self._list("feature", number)
+        if not augmentation.wanted or len(features) < 2:
+            return None
+        removable = self._list("removable", number).tolist()
+        variant = draw_variant(augmentation, (seed, stage, epoch, self.ids[number]), len(features), removable)
+        if variant is not None:
+            start, end = self._left_out(number, variant)
+            if len(self._note(variant)) > end - start:
+                return None
+        return variant
+
+    def _left_out(self, number: int, variant: Variant) -> tuple[int, int]:
+        """The target tokens [start, end) that a variant lacks."""
+        features = self._list("feature", number)
+        if variant.kind == "prefix":
+            return int(features[variant.feature - 1]), int(features[-1])
+        return int(features[variant.feature - 2]), int(features[variant.feature - 1])
+
+    def _note(self, variant: Variant) -> npt.NDArray[np.int32]:
+        return self._list(f"{variant.kind}_note", variant.feature - 1)
+
+    def _list(self, column: str, number: int) -> npt.NDArray[Any]:
+        ends = self._arrays[column + _ENDS]
+        if not 0 <= number < len(ends) - 1:
+            raise IndexError(number)
+        return self._arrays[column][ends[number] : ends[number + 1]]
+
+    def _text(self, column: str, number: int) -> str:
+        return bytes(self._list(column, number)).decode()
+
+
+class _Ids(Sequence[str]):
+    """The ids of an index, read from it one by one."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, number: int) -> str: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[str]: ...
+    def __getitem__(self, number: int | slice) -> str | Sequence[str]:
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
+        return self._index._text("id", number)
 
 
 def build_index(
-    source: Source,
+    store: Store,
     split: Split,
     tokenizer: TextTokenizer,
     spec: SequenceSpec,
@@ -142,26 +241,28 @@ def build_index(
     max_skipped_fraction: float,
     output_dir: Path,
     workers: int,
+    augmented: bool = False,
 ) -> IndexReport:
     """Check every sample with `workers` processes and write the index, unless a current one is there.
 
     Call it in one process only. Samples set aside are listed in `<output_dir>/skipped.jsonl`.
-    Raises DataError if more than `max_skipped_fraction` of the samples are set aside or none is left,
-    ConfigError if a folder that `needs` asks for was not given.
+    Raises DataError if more than `max_skipped_fraction` of the samples are set aside or none is left, and for
+    a shard that is not what its checksum says; ConfigError if a folder that `needs` asks for was not given.
     """
-    _require_folders(source, needs)
+    store.require(needs)
     output_dir.mkdir(parents=True, exist_ok=True)
-    path = output_dir / f"index-{split}.jsonl"
+    path = output_dir / f"index-{split}.bin"
     settings = IndexSettings(
         requirements=Requirements(needs=needs, target_format=target_format, bits=bits),
         longest=spec.max_seq_length,
         modality_tokens=spec.modality_tokens(needs),
+        augmented=augmented,
     )
-    inputs = _digest_inputs(source, settings, tokenizer)
+    inputs = _digest_inputs(store, settings, tokenizer)
     header = _current_header(path, inputs)
     reused = header is not None and (header["num_skipped"] == 0 or (output_dir / SKIPPED_FILE).is_file())
     if header is None or not reused:
-        header = _write_index(path, source, split, tokenizer, settings, inputs, workers)
+        header = _write_index(path, store, split, tokenizer, settings, inputs, workers)
     report = IndexReport(
         split=split,
         path=path,
@@ -169,6 +270,7 @@ def build_index(
         num_usable=header["num_samples"],
         num_skipped=header["num_skipped"],
         num_too_long=header["num_too_long"],
+        num_with_parts=header["num_with_parts"] if augmented else None,
         reasons=header["reasons"],
         reused=reused,
     )
@@ -178,97 +280,69 @@ def build_index(
 
 def load_index(path: Path) -> Index:
     """The index that `build_index` wrote; DataError if it is torn or not there."""
-    loaded = _read_index(path)
-    if loaded is None:
+    loaded = read_columns(path, verify=False)
+    if loaded is None or loaded[0].get("format") != _FORMAT:
         raise DataError(f"{path} is missing or damaged: start the run again, it will be rebuilt")
-    header, columns = loaded
-    return Index(path, header, columns)
+    return Index(path, *loaded)
 
 
-@dataclass(frozen=True)
-class _Columns:
-    ids: tuple[str, ...]
-    num_prompt_tokens: np.ndarray
-    num_target_tokens: np.ndarray
-    offsets: np.ndarray
+def _load_same(path: Path, digest: str) -> Index:
+    index = load_index(path)
+    if index._digest != digest:
+        raise DataError(f"{path} was overwritten while a run used it: start the run again")
+    return index
 
 
-def _record_of(line: dict[str, Any]) -> Record:
-    return Record(**{**line, "images": tuple(line["images"])})
-
-
-def _require_folders(source: Source, needs: frozenset[Modality]) -> None:
-    folders = {
-        "points": (source.points, "--omnicad_pc_root (point clouds)"),
-        "image": (source.images, "--omnicad_img_root (rendered views)"),
-    }
-    for modality in sorted(needs):
-        folder, flag = folders[modality]
-        if folder is None:
-            raise ConfigError(f"a stage of this run uses {modality}, but {flag} is not given")
-        if not folder.is_dir():
-            raise DataError(
-                f"a stage of this run uses {modality}, but there is no folder {folder}: make it with "
-                f"`cad-mllm prepare`, or give {flag}"
-            )
-
-
-def _digest_inputs(source: Source, settings: IndexSettings, tokenizer: TextTokenizer) -> str:
+def _digest_inputs(store: Store, settings: IndexSettings, tokenizer: TextTokenizer) -> str:
     """A digest of everything that the index follows from: files (path, size, time), settings, tokenizer."""
-    needs = settings.requirements.needs
-    used = [source.text, source.json]
-    used += [source.points] if "points" in needs and source.points else []
-    used += [source.images] if "image" in needs and source.images else []
     facts = [asdict(settings), INSTRUCTION, tokenizer_identity(tokenizer)]
     digest = hashlib.sha256(json.dumps([_FORMAT, facts], sort_keys=True, default=sorted).encode())
-    with SlowProgress("Looking for changed files", len(used)) as progress:
-        for root in used:
-            digest.update(f"\n{root.resolve()}\n".encode(errors="surrogateescape"))
-            for name, stat in walk_files(root):
-                digest.update(
-                    f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}\n".encode(errors="surrogateescape")
-                )
-            progress.advance()
+    for line in store.facts(settings.requirements.needs):
+        digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
 def _current_header(path: Path, inputs: str) -> dict[str, Any] | None:
-    loaded = _read_index(path)
-    return loaded[0] if loaded is not None and loaded[0]["inputs"] == inputs else None
+    loaded = read_columns(path, verify=True)
+    if loaded is None or loaded[0].get("format") != _FORMAT:
+        return None
+    return loaded[0] if loaded[0]["inputs"] == inputs else None
 
 
-def _read_index(path: Path) -> tuple[dict[str, Any], _Columns] | None:
-    """Header and columns of an intact index, None for a missing, foreign or torn one."""
-    digest = hashlib.sha256()
-    ids: list[str] = []
-    numbers: list[tuple[int, int, int]] = []
-    try:
-        with path.open("rb") as file:
-            header = json.loads(file.readline())
-            offset = file.tell()
-            for line in file:
-                digest.update(line)
-                entry = json.loads(line)
-                ids.append(entry["id"])
-                numbers.append((entry["num_prompt_tokens"], entry["num_target_tokens"], offset))
-                offset += len(line)
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        return None  # whatever a torn line holds: the caller rebuilds
-    if (
-        not isinstance(header, dict)
-        or header.get("format") != _FORMAT
-        or header["body_sha256"] != digest.hexdigest()
-    ):
-        return None
-    columns = np.asarray(numbers, dtype=np.int64).reshape(-1, 3)
-    return header, _Columns(tuple(ids), *(np.ascontiguousarray(column) for column in columns.T))
+class _Body:
+    """The columns of an index that is being written."""
+
+    def __init__(self, writer: ColumnsWriter) -> None:
+        self._writer = writer
+        self._ends = dict.fromkeys(_LISTS, 0)
+        for name in _LISTS:
+            writer.add(name + _ENDS, [0])
+
+    def add_list(self, name: str, values: npt.ArrayLike) -> None:
+        array = np.asarray(values, _LISTS[name])
+        self._ends[name] += len(array)
+        self._writer.add(name, array)
+        self._writer.add(name + _ENDS, [self._ends[name]])
+
+    def add_text(self, name: str, text: str) -> None:
+        self.add_list(name, np.frombuffer(text.encode(), np.uint8))
+
+    def add_number(self, name: str, value: int) -> None:
+        self._writer.add(name, [value])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tokenized:
+    sample: Checked
+    prompt: list[int]
+    target: list[int]
+    features: list[int]
+    removable: list[int]
 
 
 def _write_index(
     path: Path,
-    source: Source,
+    store: Store,
     split: Split,
     tokenizer: TextTokenizer,
     settings: IndexSettings,
@@ -276,94 +350,103 @@ def _write_index(
     workers: int,
 ) -> dict[str, Any]:
     """Check all samples, write the index and the list of those set aside; the header of the index."""
-    candidates, skipped = read_candidates(source)
-    num_candidates = len(candidates) + len(skipped)
-    fingerprint = hashlib.sha256(
-        json.dumps([settings.requirements.target_format, settings.requirements.bits]).encode()
-    )
-    body_digest = hashlib.sha256()
-    num_samples = num_too_long = 0
-    body_path = path.with_name(f".{path.name}.body")
-    with body_path.open("wb") as body:
-        for checked in _check_in_chunks(source, settings.requirements, candidates, workers):
-            usable = [sample for sample in checked if isinstance(sample, Checked)]
-            skipped += [sample for sample in checked if isinstance(sample, Skipped)]
-            for sample, record in zip(usable, _tokenized(usable, tokenizer), strict=True):
-                if (
-                    record.num_prompt_tokens + settings.modality_tokens + record.num_target_tokens
-                    > settings.longest
-                ):
+    requirements = settings.requirements
+    identity = [requirements.target_format, requirements.bits, *([store.identity] if store.identity else [])]
+    fingerprint = hashlib.sha256(json.dumps(identity).encode())
+    num_bos = len(bos_ids(tokenizer))
+    room = settings.longest - settings.modality_tokens - num_bos
+    num_candidates = num_samples = num_too_long = num_with_parts = most_features = 0
+    skipped: list[Skipped] = []
+    with ColumnsWriter(path, _DTYPES) as writer:
+        body = _Body(writer)
+        for chunk in _in_chunks(store.check(requirements, workers)):
+            num_candidates += len(chunk)
+            skipped += [one for one in chunk if isinstance(one, Skipped)]
+            usable = [one for one in chunk if isinstance(one, Checked)]
+            for one in _tokenized(usable, tokenizer, settings):
+                if len(one.prompt) + len(one.target) > room:
                     num_too_long += 1
                     continue
-                line = json.dumps(asdict(record)).encode() + b"\n"
-                body.write(line)
-                body_digest.update(line)
-                fingerprint.update(
-                    json.dumps([sample.id, sample.caption, sample.target, sample.sizes]).encode()
-                )
+                sample = one.sample
+                body.add_text("id", sample.id)
+                body.add_text("caption", sample.caption)
+                body.add_text("text", sample.target)
+                body.add_list("prompt", one.prompt)
+                body.add_list("target", one.target)
+                body.add_list("feature", one.features)
+                body.add_list("removable", one.removable)
+                body.add_number("row", sample.row)
+                body.add_number("views", sample.views)
+                facts = [sample.id, sample.caption, sample.target, sample.sizes]
+                fingerprint.update(json.dumps(facts).encode())
                 num_samples += 1
-    header = {
-        "format": _FORMAT,
-        "split": split,
-        "inputs": inputs,
-        "needs": sorted(settings.requirements.needs),
-        "source": {
-            name: None if root is None else str(root.absolute()) for name, root in vars(source).items()
-        },
-        "fingerprint": fingerprint.hexdigest(),
-        "num_candidates": num_candidates,
-        "num_samples": num_samples,
-        "num_too_long": num_too_long,
-        "num_skipped": len(skipped),
-        "reasons": dict(Counter(sample.category for sample in skipped).most_common()),
-        "body_sha256": body_digest.hexdigest(),
-    }
+                num_with_parts += len(one.features) > 1
+                most_features = max(most_features, len(one.features))
+        _add_notes(body, tokenizer, most_features)
+        header = writer.finish(
+            {
+                "format": _FORMAT,
+                "split": split,
+                "inputs": inputs,
+                "needs": sorted(requirements.needs),
+                "store": store.describe(),
+                "fingerprint": fingerprint.hexdigest(),
+                "num_bos": num_bos,
+                "num_candidates": num_candidates,
+                "num_samples": num_samples,
+                "num_too_long": num_too_long,
+                "num_with_parts": num_with_parts,
+                "num_skipped": len(skipped),
+                "reasons": dict(Counter(sample.category for sample in skipped).most_common()),
+            }
+        )
     _write_skipped(path.parent / SKIPPED_FILE, split, skipped)
-    with (
-        atomic_path(path, durable=True) as temporary,
-        temporary.open("wb") as file,
-        body_path.open("rb") as body,
-    ):
-        file.write(json.dumps(header).encode() + b"\n")
-        shutil.copyfileobj(body, file)
-    body_path.unlink()
     return header
 
 
-def _check_in_chunks(
-    source: Source, requirements: Requirements, candidates: Sequence[Candidate], workers: int
-) -> Iterator[list[Checked | Skipped]]:
-    results = check_all(source, requirements, candidates, workers)
-    with SlowProgress("Checking samples", len(candidates)) as progress:
-        chunk: list[Checked | Skipped] = []
-        for result in results:
-            progress.advance()
-            chunk.append(result)
-            if len(chunk) == _TOKENIZED_AT_ONCE:
-                yield chunk
-                chunk = []
+def _in_chunks(checked: Iterator[Checked | Skipped]) -> Iterator[list[Checked | Skipped]]:
+    while chunk := list(islice(checked, _TOKENIZED_AT_ONCE)):
         yield chunk
 
 
-def _tokenized(samples: Sequence[Checked], tokenizer: TextTokenizer) -> list[Record]:
+def _tokenized(
+    samples: Sequence[Checked], tokenizer: TextTokenizer, settings: IndexSettings
+) -> Iterator[_Tokenized]:
     if not samples:
-        return []
-    num_bos = len(bos_ids(tokenizer))
+        return
     prompts = prompt_ids(tokenizer, [sample.caption for sample in samples])
     targets = target_ids(tokenizer, [sample.target for sample in samples])
-    return [
-        Record(
-            id=sample.id,
-            caption=sample.caption,
-            target=sample.target,
-            num_prompt_tokens=num_bos + len(prompt),
-            num_target_tokens=len(target),
-            json=sample.json,
-            points=sample.points,
-            images=sample.images,
-        )
-        for sample, prompt, target in zip(samples, prompts, targets, strict=True)
-    ]
+    for sample, prompt, target in zip(samples, prompts, targets, strict=True):
+        features, removable = _parts(sample, target, tokenizer, settings) if settings.augmented else ([], [])
+        yield _Tokenized(sample=sample, prompt=prompt, target=target, features=features, removable=removable)
+
+
+def _parts(
+    sample: Checked, target: list[int], tokenizer: TextTokenizer, settings: IndexSettings
+) -> tuple[list[int], list[int]]:
+    """Where the features of a target end, in tokens, and the numbers of those that may be left out.
+
+    Nothing for a tokenizer that writes the end of one feature and the begin of the next as one token: such a
+    target has no parts.
+    """
+    texts = split_features(sample.target)
+    ids = inner_ids(tokenizer, texts) if len(texts) > 1 else []
+    pieces = [piece for piece in ids if piece is not None]
+    if len(pieces) < len(texts) or [token for piece in pieces for token in piece] != target[:-1]:
+        return [], []
+    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+    may_go = removable_features(sample.target, settings.requirements.bits)
+    return ends, [number for number, may in enumerate(may_go, start=1) if may]
+
+
+def _add_notes(body: _Body, tokenizer: TextTokenizer, most_features: int) -> None:
+    numbers = range(1, most_features + 1)
+    for column, notes in (
+        ("prefix_note", [Variant("prefix", number).note for number in numbers]),
+        ("removal_note", [Variant("removal", number).note for number in numbers]),
+    ):
+        for ids in target_ids(tokenizer, notes) if notes else []:
+            body.add_list(column, ids[:-1])
 
 
 def _write_skipped(path: Path, split: Split, skipped: Sequence[Skipped]) -> None:

@@ -75,7 +75,9 @@ class Source:
         """
         if split == "val":
             return (
-                None if config.val_data_path is None else cls._below(config.val_data_path, "--val_data_path")
+                None
+                if config.val_data_path is None
+                else cls._below(Path(config.val_data_path), "--val_data_path")
             )
         given = {
             "text": _existing(config.omnicad_txt_path, "--omnicad_txt_path"),
@@ -85,7 +87,7 @@ class Source:
         }
         single = {name: path for name, path in given.items() if path is not None}
         if config.train_data_path is not None:
-            return replace(cls._below(config.train_data_path, "--train_data_path"), **single)
+            return replace(cls._below(Path(config.train_data_path), "--train_data_path"), **single)
         if not single:
             return cls._default()
         for name, flag in (
@@ -102,6 +104,7 @@ class Source:
             if not (root / name).is_dir():
                 raise DataError(
                     f"{flag} {root}: there is no folder {root / name}; the Omni-CAD layout has txt/ and json/"
+                    ", a sharded data set has dataset.json"
                 )
         return cls.from_folder(root)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from cad_mllm.data import order
+from cad_mllm.data.augment import WHOLE, Augmentation
 from cad_mllm.data.batches import SECONDS_PER_SAMPLE, BatchBuilder, Item, Loaded, Lost
 from cad_mllm.data.collate import Batch
 from cad_mllm.data.index import Index
@@ -80,11 +81,13 @@ class StepLoader:
         num_workers: int,
         start_step: int,
         num_steps: int,
+        augmentation: Augmentation = WHOLE,
         pin_memory: bool = False,
         seconds_per_sample: float = SECONDS_PER_SAMPLE,
     ) -> None:
         self._plan = _StepItems(
-            ids=index.ids,
+            index=index,
+            augmentation=augmentation,
             seed=seed,
             stage=stage,
             mix=dict(mix),
@@ -116,20 +119,21 @@ class StepLoader:
                 epoch=(step + 1) * len(items) / len(self._index),
                 micro_batches=[one.batch for one in loaded],
                 lost=tuple(lost for one in loaded for lost in one.lost),
-                supervised_tokens=sum(int(self._index.num_target_tokens[item.number]) for item in items),
+                supervised_tokens=sum(self._index.num_tokens(item.number, item.variant)[1] for item in items),
                 tokens=sum(self._length(item) for item in items),
             )
 
     def _length(self, item: Item) -> int:
-        text = self._index.num_prompt_tokens[item.number] + self._index.num_target_tokens[item.number]
-        return int(text) + self._spec.modality_tokens(MODALITIES[item.combo])
+        text = sum(self._index.num_tokens(item.number, item.variant))
+        return text + self._spec.modality_tokens(MODALITIES[item.combo])
 
 
 @dataclass(frozen=True, kw_only=True)
 class _StepItems:
     """A rank's micro-batches of the steps `start_step ... num_steps - 1`, numbered from 0."""
 
-    ids: tuple[str, ...]
+    index: Index
+    augmentation: Augmentation
     seed: int
     stage: int
     mix: Mix
@@ -156,11 +160,16 @@ class _StepItems:
     def of_step(self, step: int) -> list[Item]:
         """All samples of a step, over all ranks."""
         global_batch = self.batch_size * self.accumulation * self.world_size
-        samples = order.step_samples(len(self.ids), global_batch, self.seed, self.stage, step)
-        return [
-            Item(number, epoch, order.draw_combo(self.seed, self.stage, epoch, self.ids[number], self.mix))
-            for number, epoch in samples
-        ]
+        samples = order.step_samples(len(self.index), global_batch, self.seed, self.stage, step)
+        return [self._item(number, epoch) for number, epoch in samples]
+
+    def _item(self, number: int, epoch: int) -> Item:
+        return Item(
+            number,
+            epoch,
+            order.draw_combo(self.seed, self.stage, epoch, self.index.ids[number], self.mix),
+            variant=self.index.draw_variant(number, self.augmentation, self.seed, self.stage, epoch),
+        )
 
 
 def eval_samples(num_samples: int) -> range:

@@ -119,21 +119,24 @@ def prompt_ids(tokenizer: TextTokenizer, captions: Sequence[str]) -> list[list[i
 
 
 def target_ids(tokenizer: TextTokenizer, targets: Sequence[str]) -> list[list[int]]:
-    """Ids of each target text and EOS.
+    """Ids of each target text and EOS."""
+    found = inner_ids(tokenizer, targets)
+    if any(ids is None for ids in found):
+        raise ConfigError(
+            "the tokenizer of --llm_model_name joins a line break with the text after it: not usable"
+        )
+    return [[*ids, eos_id(tokenizer)] for ids in found if ids is not None]
+
+
+def inner_ids(tokenizer: TextTokenizer, texts: Sequence[str]) -> list[list[int] | None]:
+    """Ids of texts that do not begin a sequence; None for one that would melt into a line break before it.
 
     Some tokenizers put a space before the first word of a text, which a target does not begin with: so the
-    target is tokenised behind the line break that ends every prompt, and the ids of that are taken off.
+    text is tokenised behind the line break that ends every prompt, and the ids of that are taken off.
     """
     border = list(tokenizer([_BORDER], add_special_tokens=False)["input_ids"][0])
-    encoded = tokenizer([_BORDER + target for target in targets], add_special_tokens=False)["input_ids"]
-    result = []
-    for ids in encoded:
-        if list(ids[: len(border)]) != border:
-            raise ConfigError(
-                "the tokenizer of --llm_model_name joins a line break with the text after it: not usable"
-            )
-        result.append([*ids[len(border) :], eos_id(tokenizer)])
-    return result
+    encoded = tokenizer([_BORDER + text for text in texts], add_special_tokens=False)["input_ids"]
+    return [list(ids[len(border) :]) if list(ids[: len(border)]) == border else None for ids in encoded]
 
 
 def tokenizer_identity(tokenizer: TextTokenizer) -> str:

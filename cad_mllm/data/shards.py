@@ -98,6 +98,11 @@ class Manifest:
         digests = {split: [shard.sha256 for shard in shards] for split, shards in self.splits.items()}
         return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Of all splits."""
+        return tuple(shard for shards in self.splits.values() for shard in shards)
+
     def num_rows(self, split: Split) -> int:
         """Models of a split; 0 for one that is absent."""
         return sum(shard.rows for shard in self.splits.get(split, ()))
@@ -241,6 +246,8 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
         "fingerprint": manifest.fingerprint,
     }
     path = root / INDEX_FILE
+    with _writing(path):
+        root.mkdir(parents=True, exist_ok=True)
     with _writing(path), atomic_path(path, durable=True) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -276,7 +283,7 @@ def read_manifest(root: str | Path) -> Manifest:
         raise DataError(f"{place} is damaged ({error}): {_REMEDY}") from error
     if not intact:
         raise DataError(f"{place} is damaged (its fingerprint is not that of its shards): {_REMEDY}")
-    for shard in (shard for shards in manifest.splits.values() for shard in shards):
+    for shard in manifest.shards:
         if shard.file.startswith("/") or ".." in shard.file.split("/"):
             raise DataError(f"{place} names a shard outside its folder: {shard.file}")
     return manifest
@@ -292,12 +299,11 @@ def verify(
 
     The shards of a URL come into the cache on the way. Raises DataError naming the first that does not match.
     """
-    for shards in manifest.splits.values():
-        for shard in shards:
-            fault = shard_fault(root, shard)
-            if fault is not None:
-                raise DataError(f"{fault}: {_REMEDY}")
-            advance(shard)
+    for shard in manifest.shards:
+        fault = shard_fault(root, shard)
+        if fault is not None:
+            raise DataError(f"{fault}: {_REMEDY}")
+        advance(shard)
 
 
 def shard_fault(root: str | Path, shard: Shard) -> str | None:
@@ -403,8 +409,8 @@ class ShardedSplit:
         self.root = root
         self.split = split
         self.manifest = read_manifest(root) if manifest is None else manifest
-        self._shards = self.manifest.splits.get(split, ())
-        self._starts = list(accumulate((shard.rows for shard in self._shards), initial=0))
+        self.shards: tuple[Shard, ...] = self.manifest.splits.get(split, ())
+        self._starts = list(accumulate((shard.rows for shard in self.shards), initial=0))
         self._opened: dict[int, list[_Part]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -422,10 +428,17 @@ class ShardedSplit:
         """A column of strings."""
         return StringColumn(self, name)
 
+    def local_stats(self) -> Iterator[tuple[str, int, int]]:
+        """File, size and time (ns) of each shard, nothing for a URL; DataError for a wrong size."""
+        if not is_url(self.root):
+            for shard in self.shards:
+                stat = _local(self.root, shard).stat()
+                yield shard.file, stat.st_size, stat.st_mtime_ns
+
     def place(self, number: int) -> str:
         """File and row of a model, for messages."""
         shard, row = self._locate(number)
-        return f"{_join(self.root, self._shards[shard].file)} row {row}"
+        return f"{_join(self.root, self.shards[shard].file)} row {row}"
 
     def row(self, number: int) -> ModelRow:
         """Everything of one model."""
@@ -459,7 +472,7 @@ class ShardedSplit:
 
     def batches(self, columns: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
         """These columns of all models in their order, at most 256 rows at a time."""
-        for shard in range(len(self._shards)):
+        for shard in range(len(self.shards)):
             for part in self._parts(shard):
                 yield part.batch.select(list(columns)).to_pydict()
 
@@ -477,9 +490,9 @@ class ShardedSplit:
 
     def _parts(self, shard: int) -> list["_Part"]:
         if shard not in self._opened:
-            path = _local(self.root, self._shards[shard])
+            path = _local(self.root, self.shards[shard])
             with _reading(str(path)):
-                self._opened[shard] = _map_shard(path, self._shards[shard].rows)
+                self._opened[shard] = _map_shard(path, self.shards[shard].rows)
         return self._opened[shard]
 
 

@@ -16,6 +16,7 @@ from cad_mllm.data.layout import Source, Split
 from cad_mllm.data.loader import eval_samples
 from cad_mllm.data.order import num_steps
 from cad_mllm.data.sequence import needed_modalities
+from cad_mllm.data.stores import LooseFiles, Store, find_store
 from cad_mllm.errors import CheckpointError
 from cad_mllm.model.build import Built
 from cad_mllm.model.export import export_weights
@@ -87,10 +88,10 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
     state = checkpoint.read_state(resume) if resume is not None else None
     if config.run.resume_from_ckpt == "auto":
         world.from_main(lambda: _count_start(config, state))
-    sources = _sources(config, world)
+    stores = _stores(config, world)
     built = build_networks(config, zero, world)
     spec = sequence_spec(config, built)
-    reports = [_index(config, world, built, spec, stages, split, source) for split, source in sources.items()]
+    reports = [_index(config, world, built, spec, stages, split, store) for split, store in stores.items()]
     indices = [load_index(report.path) for report in reports]
     identity = _identity(config, _global_batch(config, world), indices[0].fingerprint)
     if state is not None and resume is not None:
@@ -216,14 +217,14 @@ def _writer(
     )
 
 
-def _sources(config: TrainConfig, world: World) -> dict[Split, Source]:
+def _stores(config: TrainConfig, world: World) -> dict[Split, Store]:
     """Where the samples of each split are; dummy data are written here, by rank 0."""
     if not config.data.create_dummy_data:
-        found: dict[Split, Source | None] = {
-            "train": Source.from_config(config.data, "train"),
-            "val": Source.from_config(config.data, "val"),
+        found: dict[Split, Store | None] = {
+            "train": find_store(config.data, "train"),
+            "val": find_store(config.data, "val"),
         }
-        return {split: source for split, source in found.items() if source is not None}
+        return {split: store for split, store in found.items() if store is not None}
     root, seed, wanted = config.run.output_dir / "dummy_data", config.run.seed, config.data.num_dummy_samples
     sizes: dict[Split, int] = {"train": wanted, "val": max(_MIN_VALIDATION, wanted // _VALIDATION_SHARE)}
 
@@ -233,7 +234,7 @@ def _sources(config: TrainConfig, world: World) -> dict[Split, Source]:
             write_dummy_data(root / split, num_samples=size, seed=seed + offset, workers=workers)
 
     world.from_main(write)
-    return {split: Source.from_folder(root / split) for split in sizes}
+    return {split: LooseFiles(Source.from_folder(root / split)) for split in sizes}
 
 
 def _index(
@@ -243,11 +244,11 @@ def _index(
     spec: SequenceSpec,
     stages: tuple[Stage, ...],
     split: Split,
-    source: Source,
+    store: Store,
 ) -> IndexReport:
     return world.from_main(
         lambda: build_index(
-            source,
+            store,
             split,
             built.tokenizer,
             spec,

@@ -11,6 +11,7 @@ from cad_mllm.data.files import load_image, load_points
 from cad_mllm.data.index import build_index, load_index
 from cad_mllm.data.layout import Source
 from cad_mllm.data.sequence import TextTokenizer
+from cad_mllm.data.stores import LooseFiles
 from cad_mllm.errors import ConfigError
 
 from .conftest import SPEC, contents
@@ -23,7 +24,7 @@ def test_dummy_data_are_usable_data(tmp_path: Path, tokenizer: TextTokenizer) ->
     root = tmp_path / "dummy"
     write_dummy_data(root, 5, seed=1, workers=1)
     report = build_index(
-        Source.from_folder(root),
+        LooseFiles(Source.from_folder(root)),
         "train",
         tokenizer,
         SPEC,

@@ -15,6 +15,8 @@ from cad_mllm.cad.normalise import normalise
 from cad_mllm.data import files
 from cad_mllm.data.index import IndexReport, load_index
 from cad_mllm.data.layout import CAPTION_KEY, Source
+from cad_mllm.data.sequence import TextTokenizer, prompt_ids, target_ids
+from cad_mllm.data.stores import LooseFiles
 from cad_mllm.errors import ConfigError, DataError
 
 from .conftest import SPEC, Folder
@@ -250,14 +252,20 @@ def test_modalities_that_are_not_used_take_no_room(make_folder: MakeFolder, buil
     assert build(folder, spec=replace(SPEC, max_seq_length=longest)).num_too_long > 0
 
 
-def test_a_record_holds_what_is_learned(make_folder: MakeFolder, build: Build) -> None:
+def test_a_record_holds_what_is_learned(
+    make_folder: MakeFolder, build: Build, tokenizer: TextTokenizer
+) -> None:
     folder = make_folder()
-    record = load_index(build(folder).path).record(1)
+    index = load_index(build(folder).path)
+    record = index.record(1)
     program = normalise(omnicad.read(folder.file("json", 1))).program
     assert record.target == codec.encode(program, bits=8)
     assert record.caption == "part 1"
-    assert record.num_target_tokens == len(record.target.encode()) + 1
-    assert record.images == (f"{folder.ids[1]}_000.png", f"{folder.ids[1]}_001.png")
+    assert index.target(1) == target_ids(tokenizer, [record.target])[0]
+    assert index.prompt(1) == prompt_ids(tokenizer, ["part 1"])[0]
+    assert index.num_tokens(1) == (len(index.prompt(1)), len(index.target(1)))
+    assert (index.num_prompt_tokens[1], index.num_target_tokens[1]) == index.num_tokens(1)
+    assert index.num_views(1) == 2
     text = load_index(build(folder, target_format="json").path).record(1).target
     assert json.loads(text) == json.loads(folder.file("json", 1).read_text())
     assert ", " not in text
@@ -365,10 +373,10 @@ def test_a_folder_that_a_stage_needs_must_be_given(make_folder: MakeFolder, buil
     folder = make_folder()
     source = replace(Source.from_folder(folder.root), images=None)
     with pytest.raises(ConfigError, match="--omnicad_img_root"):
-        build(folder, source=source)
-    assert build(folder, source=source, needs=frozenset({"points"})).num_usable == 6
+        build(folder, store=LooseFiles(source))
+    assert build(folder, store=LooseFiles(source), needs=frozenset({"points"})).num_usable == 6
     with pytest.raises(DataError, match="cad-mllm prepare"):
-        build(folder, source=replace(source, images=folder.root / "nowhere"))
+        build(folder, store=LooseFiles(replace(source, images=folder.root / "nowhere")))
 
 
 def test_a_name_too_long_for_a_file_is_set_aside(make_folder: MakeFolder, build: Build) -> None:

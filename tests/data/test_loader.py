@@ -166,7 +166,7 @@ def test_a_worker_that_dies_of_a_sample_is_replaced_and_its_micro_batch_given_up
             os.kill(os.getpid(), signal.SIGKILL)
         return load_points(path)
 
-    monkeypatch.setattr("cad_mllm.data.batches.load_points", deadly)  # workers are forks of this process
+    monkeypatch.setattr("cad_mllm.data.stores.load_points", deadly)  # workers are forks of this process
     first, second, third = points_of(folder, tokenizer, index, num_workers)
     assert same(first.batch, whole[0].batch) and same(third.batch, whole[2].batch)
     assert [lost.id for lost in second.lost] == list(folder.ids[2:4])

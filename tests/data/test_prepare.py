@@ -22,6 +22,7 @@ from cad_mllm.data.index import build_index
 from cad_mllm.data.layout import CAPTION_KEY, Source
 from cad_mllm.data.prepare import Failed, PrepareReport, prepare, print_report
 from cad_mllm.data.sequence import TextTokenizer
+from cad_mllm.data.stores import LooseFiles
 from cad_mllm.errors import CadError, ConfigError, DataError
 
 from .conftest import SPEC, contents
@@ -66,7 +67,7 @@ def test_the_layout_is_that_of_a_data_set(
             json_root / f"{sample_id}.json"
         ).read_bytes()
     report = build_index(
-        Source.from_folder(prepared),
+        LooseFiles(Source.from_folder(prepared)),
         "train",
         tokenizer,
         SPEC,
@@ -234,7 +235,7 @@ def test_the_real_files_become_training_data(tokenizer: TextTokenizer, tmp_path:
     assert report.skipped == ()
     assert report.made == 12
     index = build_index(
-        Source.from_folder(tmp_path / "out"),
+        LooseFiles(Source.from_folder(tmp_path / "out")),
         "train",
         tokenizer,
         replace(SPEC, max_seq_length=100_000),
