@@ -63,6 +63,10 @@ class DataConfig:
     """Target text: compact commands, or the minified Omni-CAD JSON of the original reproduction."""
     quantization_bits: Literal[8, 10] = 8
     """Levels of a coordinate in the command text: 2^8 (the paper's) or 2^10."""
+    augment_prefix: float = 0.0
+    """Probability that a training sample asks for the first few features of its program alone."""
+    augment_removal: float = 0.0
+    """Probability that it asks for the program without one feature on which no other depends."""
     max_skipped_fraction: float = 0.05
     """More unusable samples than this share end the run (exit 3)."""
     num_workers: int = 2

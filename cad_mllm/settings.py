@@ -52,6 +52,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "lora_alpha": (1, _ANY),
     "num_dummy_samples": (1, _ANY),
     "max_seq_length": (1, _ANY),
+    "augment_prefix": (0, 1),
+    "augment_removal": (0, 1),
     "max_skipped_fraction": (0, 1),
     "num_workers": (0, _ANY),
     "batch_size": (1, _ANY),
@@ -261,6 +263,16 @@ def _check(config: TrainConfig) -> None:
         if values[name] is None or not low <= values[name] <= high:
             wanted = f"at least {low}" if high == _ANY else f"between {low} and {high:g}"
             raise ConfigError(f"--{name} must be {wanted}, got {values[name]}")
+    data = config.data
+    if data.augment_prefix + data.augment_removal > 1:
+        raise ConfigError(
+            "--augment_prefix and --augment_removal are more than 1 together: what is left is the share of "
+            "whole programs"
+        )
+    if data.target_format == "json" and data.augment_prefix + data.augment_removal > 0:
+        raise ConfigError(
+            "--augment_prefix and --augment_removal are for command text: leave out --target_format json"
+        )
     run = config.run
     if run.deepspeed and run.deepspeed_config is None:
         raise ConfigError(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cad_mllm.config import TrainConfig
 from cad_mllm.data.atomic import make_writable
+from cad_mllm.data.augment import Augmentation
 from cad_mllm.data.collate import SequenceSpec
 from cad_mllm.data.dummy import write_dummy_data
 from cad_mllm.data.index import Index, IndexReport, build_index, load_index
@@ -258,8 +259,14 @@ def _index(
             max_skipped_fraction=config.data.max_skipped_fraction,
             output_dir=config.run.output_dir,
             workers=max(1, config.data.num_workers * world.local_size),
+            augmented=split == "train" and augmentation(config).wanted,
         )
     )
+
+
+def augmentation(config: TrainConfig) -> Augmentation:
+    """How the training samples are augmented; validation never is."""
+    return Augmentation(prefix=config.data.augment_prefix, removal=config.data.augment_removal)
 
 
 def _identity(config: TrainConfig, global_batch: int, fingerprint: str) -> dict[str, object]:
@@ -275,6 +282,9 @@ def _identity(config: TrainConfig, global_batch: int, fingerprint: str) -> dict[
         "--target_format": data.target_format,
         "--quantization_bits": data.quantization_bits,
         "--max_seq_length": data.max_seq_length,
+        # None where it is off, as in checkpoints from before there was augmentation
+        "--augment_prefix": data.augment_prefix or None,
+        "--augment_removal": data.augment_removal or None,
         "--seed": config.run.seed,
         "global batch (--batch_size x --gradient_accumulation_steps x ranks)": global_batch,
         "training data (fingerprint)": fingerprint,
@@ -296,6 +306,8 @@ def _describe(report: IndexReport) -> str:
     line = f"{report.split} data: {report.num_usable} samples"
     if report.num_too_long:
         line += f"; {report.num_too_long} longer than --max_seq_length dropped ({report.too_long_share:.1%})"
+    if report.num_with_parts is not None:
+        line += f"; {report.num_with_parts} of several features can be augmented"
     if report.num_skipped:
         reasons = ", ".join(f"{n} x {why}" for why, n in report.reasons.items())
         line += f"; {report.num_skipped} set aside, see skipped.jsonl ({reasons})"

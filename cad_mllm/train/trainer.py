@@ -20,7 +20,7 @@ from cad_mllm.train.checkpoint import Position
 from cad_mllm.train.distributed import world
 from cad_mllm.train.engine import reset_groups
 from cad_mllm.train.rehearsal import PROJECTORS, micro_batch_loss
-from cad_mllm.train.run import Run, prepare_run
+from cad_mllm.train.run import Run, augmentation, prepare_run
 from cad_mllm.train.stages import Stage, entering, learning_rates
 from cad_mllm.train.stop import StopSignal
 from cad_mllm.train.tracking import StepMetrics
@@ -149,6 +149,7 @@ def _loader(run: Run, stage: Stage, *, start_step: int) -> StepLoader:
         num_workers=run.config.data.num_workers,
         start_step=start_step,
         num_steps=run.total_steps(stage),
+        augmentation=augmentation(run.config),
         pin_memory=run.world.device.type == "cuda",
     )
 
