@@ -113,6 +113,9 @@ def decode_image(file: IO[bytes], place: Path | str) -> Image.Image:
             with Image.open(file) as image:
                 if image.mode in _NO_RANGE:
                     raise ValueError("32 bits a pixel: save it with 8 or 16")
+                if image.mode == "RGB" and "transparency" not in image.info:
+                    image.load()
+                    return image
                 rgba = image.convert("RGBA")
     except Exception as error:  # decoders raise many types on broken bytes
         raise UnusableFileError(place, f"unreadable image: {error}") from error

@@ -27,9 +27,23 @@ def stable_hash(*parts: int | str) -> int:
     return int.from_bytes(digest, "little")
 
 
+def _random_keys(length: int, key: int) -> npt.NDArray[np.uint64]:
+    return np.random.Philox(key=key).random_raw(length)
+
+
 def _permutation(length: int, key: int) -> IntArray:
-    keys = np.random.Philox(key=key).random_raw(length)
-    return np.argsort(keys, kind="stable").astype(np.int64)
+    return np.argsort(_random_keys(length, key), kind="stable").astype(np.int64)
+
+
+def _smallest(keys: npt.NDArray[np.uint64], count: int) -> IntArray:
+    """`np.argsort(keys, kind="stable")[:count]` in less time, for 0 < count < len(keys)."""
+    smallest = np.argpartition(keys, count - 1)[:count]
+    order = smallest[np.argsort(keys[smallest])]
+    last = keys[order[-1]]
+    is_unique = bool((np.diff(keys[order]) > 0).all()) and np.count_nonzero(keys <= last) == count
+    if not is_unique:  # a stable order goes by the places of equal keys
+        return np.argsort(keys, kind="stable")[:count].astype(np.int64)
+    return order.astype(np.int64, copy=False)
 
 
 @lru_cache(maxsize=2)
@@ -94,5 +108,7 @@ def draw_points(
 
     A smaller cloud is repeated as evenly as possible: no point is left out.
     """
-    order = _permutation(num_available, stable_hash("points", seed, stage, epoch, sample_id))
-    return np.resize(order, num_points)
+    key = stable_hash("points", seed, stage, epoch, sample_id)
+    if num_points < num_available:
+        return _smallest(_random_keys(num_available, key), num_points)
+    return np.resize(_permutation(num_available, key), num_points)

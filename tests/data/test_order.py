@@ -110,3 +110,16 @@ def test_a_small_cloud_is_repeated_evenly() -> None:
     counts = Counter(order.draw_points(1, 2, 0, "a", 7, 17).tolist())
     assert sorted(counts) == list(range(7))
     assert set(counts.values()) == {2, 3}
+
+
+@pytest.mark.parametrize("distinct", [2**64 - 1, 40, 2])
+@pytest.mark.parametrize("count", [1, 30, 99])
+def test_the_smallest_keys_are_the_first_of_the_stable_order(distinct: int, count: int) -> None:
+    keys = np.random.default_rng(count).integers(0, distinct, 100, dtype=np.uint64)
+    expected = np.argsort(keys, kind="stable")[:count]
+    assert (order._smallest(keys, count) == expected).all()
+
+
+def test_fewer_points_are_the_first_of_all_of_them() -> None:
+    whole = order.draw_points(1, 2, 0, "a", 500, 500)
+    assert (order.draw_points(1, 2, 0, "a", 500, 120) == whole[:120]).all()
