@@ -219,6 +219,45 @@ def generate(argv: Sequence[str]) -> ExitCode:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateArguments:
+    """Compare generated models with the true ones; writes a table of all, a summary and a page to look at."""
+
+    pred: Path
+    """Folder of predictions, as `generate` writes them: command text, Omni-CAD JSON, STEP, STL, PLY, OBJ."""
+    true: Path
+    """Folder of the true models, of the same kinds, or a data folder in the Omni-CAD layout."""
+    train: Path | None = None
+    """Training set, for novelty: a folder of programs, or a file with one command text a line."""
+    out: Path = Path("outputs/evaluation")
+    """Folder for samples.csv, summary.json and report.html."""
+    workers: int = 0
+    """Worker processes (0: one per core)."""
+
+
+def evaluate(argv: Sequence[str]) -> ExitCode:
+    """Compare generated models with the true ones."""
+    example = (
+        "examples:\n"
+        "  cad-mllm evaluate --pred outputs/generated --true data/omnicad --out outputs/evaluation\n"
+        "  # a point of a robustness curve: the report of outputs/evaluation shows it when written again\n"
+        "  cad-mllm evaluate --pred outputs/noisy --true data/omnicad --out outputs/evaluation/noise-0.02\n"
+    )
+    arguments = parse_flags(EvaluateArguments, argv, prog="cad-mllm evaluate", examples=example)
+    _require("--workers", arguments.workers, 0)
+    from rich.console import Console
+
+    from cad_mllm.data.atomic import make_writable
+    from cad_mllm.evaluate import run
+
+    make_writable(arguments.out, "--out")
+    workers = arguments.workers or os.cpu_count() or 1
+    evaluation = run.evaluate(arguments.pred, arguments.true, training=arguments.train, workers=workers)
+    run.write_tables(arguments.out, evaluation)
+    run.print_summary(evaluation, Console())
+    return ExitCode.DONE
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterArguments:
     """What every command that talks to a cluster takes."""
 
@@ -363,6 +402,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "prepare": prepare,
     "make-dummy": make_dummy,
     "generate": generate,
+    "evaluate": evaluate,
     "show-config": show_config,
     "submit": submit,
     "watch": watch,

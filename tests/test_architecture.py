@@ -24,11 +24,13 @@ ALLOWED: dict[str, set[str]] = {
     "choose": _BASE | {"cad", "data", "artifacts"},
     "generate": _BASE | {"cad", "data", "model", "artifacts", "inputs", "choose"},
     "report": _BASE | {"cad"},
+    "evaluate": _BASE | {"cad", "data", "report"},
     "settings": _BASE,
     "cluster": _BASE,
     "launch": _BASE,
     "demo": _BASE | {"cad", "data", "artifacts", "inputs", "generate", "report", "cli"},
-    "cli": _BASE | {"cad", "data", "train", "inputs", "generate", "report", "settings", "cluster"},
+    "cli": _BASE
+    | {"cad", "data", "train", "inputs", "generate", "report", "settings", "cluster", "evaluate"},
     "train_curriculum": {"cli"},
 }
 

@@ -211,7 +211,7 @@ def _meeting_in_an_edge(f: FloatArray, g: FloatArray, shared_PKK: BoolArray) -> 
     at_f, at_g = (~shared_PKK.any(axis=2)).argmax(axis=1), (~shared_PKK.any(axis=1)).argmax(axis=1)
     tip_f, tip_g = f[rows, at_f], g[rows, at_g]
     u, v = f[rows, (at_f + 1) % 3], f[rows, (at_f + 2) % 3]
-    meets_P = _side(f, tip_g) == 0
+    meets_P: BoolArray = _side(f, tip_g) == 0
     (flat,) = np.nonzero(meets_P)
     if len(flat):
         axes, turn = _projection(np.stack([u[flat], v[flat], tip_f[flat]], axis=1))

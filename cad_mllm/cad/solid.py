@@ -26,7 +26,7 @@ from OCP.BRepTools import BRepTools
 from OCP.GeomAbs import GeomAbs_SurfaceType
 from OCP.IFSelect import IFSelect_ReturnStatus
 from OCP.Message import Message, Message_PrinterOStream
-from OCP.STEPControl import STEPControl_StepModelType, STEPControl_Writer
+from OCP.STEPControl import STEPControl_Reader, STEPControl_StepModelType, STEPControl_Writer
 from OCP.TopAbs import TopAbs_Orientation
 from OCP.TopLoc import TopLoc_Location
 from OCP.TopoDS import TopoDS, TopoDS_Face, TopoDS_Shape
@@ -43,6 +43,7 @@ from cad_mllm.cad.brep import (
     extruded,
     kernel_errors,
     parts,
+    pieces,
     total,
 )
 from cad_mllm.cad.geometry import Box, program_box
@@ -159,6 +160,20 @@ class Solid:
                 if writer.Write(str(unfinished)) != IFSelect_ReturnStatus.IFSelect_RetDone:
                     raise CadError(f"{path}: writing the STEP file failed; is the disk full?")
                 os.replace(unfinished, path)
+
+
+def read_step(path: FilePath) -> Solid:
+    """The solid bodies of a STEP file. Raises CadError if it cannot be read or holds none."""
+    reader = STEPControl_Reader()
+    with kernel_errors("reading STEP"):
+        if reader.ReadFile(str(path)) != IFSelect_ReturnStatus.IFSelect_RetDone:
+            raise CadError("is not a STEP file that the CAD kernel can read")
+        reader.TransferRoots()
+        shape = reader.OneShape()
+        bodies = [] if shape is None or shape.IsNull() else pieces(shape, SOLID)
+        if not bodies:
+            raise CadError("holds no solid body")
+        return Solid(bodies)
 
 
 def build(program: CadProgram) -> Solid:

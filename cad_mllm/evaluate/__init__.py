@@ -1,0 +1,1 @@
+"""Predictions against the truth: files, scores, their summary, and a page to look at."""

@@ -1,0 +1,168 @@
+"""Which files belong together: predictions and truth by id, what the model was given, what it was trained on.
+
+An id is the path of a file below its folder, without suffix. Of a folder in the Omni-CAD layout, `json/` is
+read. `inputs.jsonl` beside the predictions says what each was made from, one object a line:
+
+    {"id": "0000/00000071_00005", "modalities": "text+points", "caption": "A plate", "picture": "in/0001.png"}
+
+All but the id may be missing. `picture` is relative to the folder, and shown as the input. Where there is no
+caption, that of the true data stands (`txt/`); where an image was given and no picture, its first view
+(`img/`).
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cad_mllm.cad.shapefile import SUFFIXES
+from cad_mllm.data.layout import CAPTION_KEY, IMAGE_FOLDER, JSON_FOLDER, TEXT_FOLDER, id_fault, view_path
+from cad_mllm.errors import DataError
+
+INPUTS_FILE = "inputs.jsonl"
+UNKNOWN_MODALITIES = "not stated"
+
+_MAX_LINE = 100_000
+_MAX_CAPTION = 2_000
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The shape files below a folder."""
+
+    folder: Path
+    files: dict[str, Path]
+    """Id -> the file that says most."""
+    unreadable: list[str]
+    """Folders and names that cannot be used, with the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a prediction was made from, as far as that is known."""
+
+    modalities: str = UNKNOWN_MODALITIES
+    caption: str = ""
+    picture: Path | None = None
+
+
+@dataclass
+class Inputs:
+    """What all predictions were made from."""
+
+    given: dict[str, Given] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+
+    def of(self, sample_id: str) -> Given:
+        """What is known of one."""
+        return self.given.get(sample_id, Given())
+
+
+def find_shapes(root: Path, flag: str) -> Shapes:
+    """All shape files below `root`. Raises DataError, naming the flag, if it cannot be read as a folder."""
+    folder = root / JSON_FOLDER if (root / JSON_FOLDER).is_dir() else root
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        raise DataError(
+            f"{flag} {root}: cannot be read ({error.strerror or error}); name a folder"
+        ) from error
+    files: dict[str, Path] = {}
+    unreadable: list[str] = []
+    for path in _walk(folder, unreadable):
+        suffix = path.suffix.lower()
+        if suffix not in SUFFIXES:
+            continue
+        name = path.relative_to(folder).as_posix()
+        if fault := id_fault(name):
+            unreadable.append(f"{name!a}: {fault}")
+            continue
+        key = name[: -len(suffix)]
+        known = files.get(key)
+        if known is None or SUFFIXES.index(suffix) < SUFFIXES.index(known.suffix.lower()):
+            files[key] = path
+    return Shapes(folder, files, unreadable)
+
+
+def _walk(folder: Path, unreadable: list[str]) -> Iterator[Path]:
+    """Every plain file, in the order of the names; hidden ones are none. What cannot be listed is noted."""
+
+    def note(error: OSError) -> None:
+        unreadable.append(f"{os.path.relpath(str(error.filename), folder)!a}: {error.strerror}")
+
+    above = {os.path.realpath(folder)}
+    for where, folders, names in os.walk(folder, onerror=note, followlinks=True):
+        for name in list(folders):
+            real = os.path.realpath(os.path.join(where, name))
+            if name.startswith(".") or real in above:
+                folders.remove(name)  # a folder is read once, whatever links lead to it
+            above.add(real)
+        folders.sort()
+        for name in sorted(names):
+            path = Path(where, name)
+            if not name.startswith(".") and path.is_file():
+                yield path
+
+
+def read_inputs(predicted: Path, true: Path) -> Inputs:
+    """What the predictions below `predicted` were made from; files and lines that are wrong are noted."""
+    inputs = Inputs()
+    captions = _captions(true / TEXT_FOLDER, inputs.unreadable)
+    inputs.given = {key: Given(caption=caption) for key, caption in captions.items()}
+    path = predicted / INPUTS_FILE
+    if not path.is_file():
+        return inputs
+    try:
+        with path.open(encoding="utf-8", errors="replace") as lines:
+            while line := lines.readline(_MAX_LINE):
+                if line.strip():
+                    _add_given(inputs, line, predicted, true)
+    except OSError as error:
+        inputs.unreadable.append(f"{INPUTS_FILE}: {error.strerror or error}")
+    return inputs
+
+
+def _add_given(inputs: Inputs, line: str, predicted: Path, true: Path) -> None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        entry = None
+    sample_id = entry.get("id") if isinstance(entry, dict) else None
+    if not isinstance(sample_id, str) or id_fault(sample_id):
+        inputs.unreadable.append(f"{INPUTS_FILE}: {line[:60]!a} is no object with an id")
+        return
+    assert isinstance(entry, dict)
+    modalities = _text(entry, "modalities") or UNKNOWN_MODALITIES
+    caption = _text(entry, "caption") or inputs.of(sample_id).caption
+    picture: Path | None = None
+    if name := _text(entry, "picture"):
+        if id_fault(name):
+            inputs.unreadable.append(f"{INPUTS_FILE}: the picture {name[:60]!a} leaves the folder")
+        else:
+            picture = predicted / name
+    elif "image" in modalities.split("+"):
+        picture = view_path(true / IMAGE_FOLDER, sample_id, 0)
+    if picture is not None and not picture.is_file():
+        picture = None
+    inputs.given[sample_id] = Given(modalities=modalities, caption=caption, picture=picture)
+
+
+def _text(entry: Mapping[str, object], key: str) -> str:
+    value = entry.get(key)
+    return value[:_MAX_CAPTION] if isinstance(value, str) else ""
+
+
+def _captions(folder: Path, unreadable: list[str]) -> dict[str, str]:
+    """Id -> caption, from the caption files of the Omni-CAD layout; none if there is no such folder."""
+    captions: dict[str, str] = {}
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
+        try:
+            entries = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            unreadable.append(f"{TEXT_FOLDER}/{path.name}: {error}")
+            continue
+        for entry in entries if isinstance(entries, list) else []:
+            if isinstance(entry, dict) and isinstance(entry.get("id"), str) and _text(entry, CAPTION_KEY):
+                captions[entry["id"]] = _text(entry, CAPTION_KEY)
+    return captions
