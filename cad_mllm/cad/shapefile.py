@@ -6,6 +6,7 @@ can still hang on it, or swallow all memory: files that are not known to be good
 """
 
 import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from cad_mllm.cad.mesh import LARGEST, Mesh
 from cad_mllm.cad.metrics import weld
 from cad_mllm.cad.normalise import normalise
 from cad_mllm.cad.program import CadProgram
-from cad_mllm.cad.program_metrics import canonical, commands
+from cad_mllm.cad.program_metrics import canonical
 from cad_mllm.errors import CadError
 
 SUFFIXES = (".json", ".txt", ".step", ".stp", ".stl", ".ply", ".obj")
@@ -75,7 +76,8 @@ def program_text(given: Path | str) -> str:
 
 def parse_text(text: str) -> CadProgram:
     """The program of a command text of any number of bits: of the fewest whose grid holds its numbers."""
-    largest = max((max(numbers, default=0) for _, numbers in commands(text[: codec.MAX_TEXT])), default=0)
+    # Of a number of thousands of digits the first ones say enough.
+    largest = max((int(number[:9]) for number in re.findall("[0-9]+", text)), default=0)
     bits = next((bits for bits, sizes in sorted(LEVELS.items()) if largest <= sizes.grid), max(LEVELS))
     return codec.decode(text, bits=bits)
 

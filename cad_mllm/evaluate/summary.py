@@ -23,6 +23,8 @@ from cad_mllm.evaluate.score import COUNTED, Outcome, Sample
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 SEED = 0
+_DRAWN_TOGETHER = 1 << 20
+"""Values: bounds the memory."""
 
 FloatArray = NDArray[np.float64]
 
@@ -199,8 +201,8 @@ class Summary:
     by_modality: dict[str, "Summary"]
 
     def as_json(self) -> dict[str, object]:
-        """Plain data; numbers that are not finite become null."""
-        return _plain(asdict(self))  # type: ignore[return-value]
+        """Plain data."""
+        return asdict(self)
 
 
 def summarise(
@@ -266,9 +268,9 @@ def estimate(values_N: FloatArray, statistic: str) -> Estimate | None:
         return None
     rng = np.random.default_rng(SEED)
     compute = np.mean if statistic == "mean" else np.median
-    drawn_R = np.empty(RESAMPLES)
-    for index in range(RESAMPLES):
-        drawn_R[index] = compute(values_N[rng.integers(len(values_N), size=len(values_N))])
+    size, at_once = len(values_N), max(1, _DRAWN_TOGETHER // len(values_N))
+    parts = [min(at_once, RESAMPLES - done) for done in range(0, RESAMPLES, at_once)]
+    drawn_R = np.concatenate([compute(values_N[rng.integers(size, size=(n, size))], axis=1) for n in parts])
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(drawn_R, [tail, 1 - tail])
     return Estimate(value=float(compute(values_N)), low=float(low), high=float(high))
@@ -280,13 +282,3 @@ def share(events: Sequence[bool]) -> Estimate | None:
         return None
     interval = binomtest(sum(events), len(events)).proportion_ci(CONFIDENCE, method="wilson")
     return Estimate(value=sum(events) / len(events), low=float(interval.low), high=float(interval.high))
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
