@@ -14,14 +14,13 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console
 
 from cad_mllm.artifacts import Artifact, write_artifacts
 from cad_mllm.cad import omnicad
 from cad_mllm.cad.normalise import normalise
-from cad_mllm.cad.render import HALF_WIDTH, VIEW_DIRECTIONS
 from cad_mllm.cli import run_and_exit
+from cad_mllm.data import preview
 from cad_mllm.data.dummy import write_dummy_data
 from cad_mllm.data.files import load_image, load_points
 from cad_mllm.data.layout import CAPTION_KEY, Source, view_path
@@ -175,43 +174,14 @@ def _generate(out: Path, samples: list[HeldOut], source: Source) -> list[ReportS
 
 
 def draw_input(sample: HeldOut, path: Path) -> Path | None:
-    """Picture of what the model was given besides the caption: points, image, or both side by side."""
-    pictures = []
-    if sample.image is not None:
-        with Image.open(sample.image) as opened:
-            pictures.append(opened.convert("RGB").resize((_PICTURE_SIZE, _PICTURE_SIZE)))
-    if sample.points_NC is not None:
-        pictures.append(_draw_points(sample.points_NC))
-    if not pictures:
+    """Write a picture of what the model was given besides the caption."""
+    image = None if sample.image is None else load_image(sample.image)
+    picture = preview.draw_input(image, sample.points_NC, _PICTURE_SIZE)
+    if picture is None:
         return None
-    sheet = Image.new("RGB", (_PICTURE_SIZE * len(pictures), _PICTURE_SIZE), "white")
-    for number, picture in enumerate(pictures):
-        sheet.paste(picture, (_PICTURE_SIZE * number, 0))
     path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    picture.save(path)
     return path
-
-
-def _draw_points(points_NC: Points) -> Image.Image:
-    """The point cloud from the camera of the first view, nearer points darker. Points in [-1, 1]^3."""
-    azimuth, elevation = np.radians(VIEW_DIRECTIONS[0])
-    towards = np.array(
-        [np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)]
-    )
-    right = np.array([-np.sin(azimuth), np.cos(azimuth), 0.0])
-    up = np.cross(towards, right)
-    xyz_N3 = points_NC[:, :3] / np.abs(points_NC[:, :3]).max()
-    depth_N = xyz_N3 @ towards
-    order = np.argsort(depth_N)
-    half = _PICTURE_SIZE / 2
-    column = np.clip(half + xyz_N3 @ right * half / HALF_WIDTH, 0, _PICTURE_SIZE - 2).astype(int)[order]
-    row = np.clip(half - xyz_N3 @ up * half / HALF_WIDTH, 0, _PICTURE_SIZE - 2).astype(int)[order]
-    shade = np.interp(depth_N[order], (-1.2, 1.2), (205, 40)).astype(np.uint8)
-    canvas = np.full((_PICTURE_SIZE, _PICTURE_SIZE, 3), 255, dtype=np.uint8)
-    for dy in (0, 1):
-        for dx in (0, 1):
-            canvas[row + dy, column + dx] = np.stack([shade, shade, np.minimum(shade + 35, 255)], axis=1)
-    return Image.fromarray(canvas)
 
 
 if __name__ == "__main__":

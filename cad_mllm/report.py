@@ -74,20 +74,33 @@ def write_report(
     out_dir.mkdir(parents=True, exist_ok=True)
     loss_picture = out_dir / "loss.png"
     plot_loss(loss, loss_picture)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    html = environment.get_template("report.html.j2").render(
+    html = render_page(
+        "report.html.j2",
         samples=[_SampleView.of(sample, out_dir) for sample in samples],
         solids=sum(sample.error is None for sample in samples),
-        loss_uri=_data_uri(loss_picture),
+        loss_uri=data_uri(loss_picture.read_bytes()),
         summary=summary,
     )
     path = out_dir / "report.html"
     path.write_text(html, encoding="utf-8")
     return path
+
+
+def render_page(template: str, **values: object) -> str:
+    """Fill a template of this folder: every value is text, not markup, and none may be missing."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(values)
+
+
+def data_uri(png: bytes) -> str:
+    """A PNG file as an address that needs no network."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def plot_loss(metrics_jsonl: Path, png: Path) -> None:
@@ -189,17 +202,15 @@ class _SampleView:
     def of(cls, sample: ReportSample, out_dir: Path) -> "_SampleView":
         return cls(
             sample=sample,
-            input_uri=_data_uri(sample.input_view),
-            truth_uri=_data_uri(sample.truth_view),
-            prediction_uri=_data_uri(sample.prediction_view),
+            input_uri=_picture_uri(sample.input_view),
+            truth_uri=_picture_uri(sample.truth_view),
+            prediction_uri=_picture_uri(sample.prediction_view),
             step_link=None if sample.step is None else _link(sample.step, out_dir),
         )
 
 
-def _data_uri(picture: Path | None) -> str | None:
-    if picture is None:
-        return None
-    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
+def _picture_uri(picture: Path | None) -> str | None:
+    return None if picture is None else data_uri(picture.read_bytes())
 
 
 def _link(file: Path, out_dir: Path) -> str:

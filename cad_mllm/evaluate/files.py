@@ -3,11 +3,10 @@
 An id is the path of a file below its folder, without suffix. Of a folder in the Omni-CAD layout, `json/` is
 read. `inputs.jsonl` beside the predictions says what each was made from, one object a line:
 
-    {"id": "0000/00000071_00005", "modalities": "text+points", "caption": "A plate", "picture": "in/0001.png"}
+    {"id": "0000/00000071_00005", "modalities": "text+points", "caption": "A plate", "points": "in/1.npz"}
 
-All but the id may be missing. `picture` is relative to the folder, and shown as the input. Where there is no
-caption, that of the true data stands (`txt/`); where an image was given and no picture, its first view
-(`img/`).
+All but the id may be missing; `points` and `image` are files, relative to the folder. For what the modalities
+name and the line does not give, the true data stand in: its caption (`txt/`), its cloud, its first view.
 """
 
 import json
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cad_mllm.cad.shapefile import SUFFIXES
-from cad_mllm.data.layout import CAPTION_KEY, IMAGE_FOLDER, JSON_FOLDER, TEXT_FOLDER, id_fault, view_path
+from cad_mllm.data.layout import CAPTION_KEY, JSON_FOLDER, TEXT_FOLDER, Source, id_fault
 from cad_mllm.errors import DataError
 
 INPUTS_FILE = "inputs.jsonl"
@@ -44,7 +43,8 @@ class Given:
 
     modalities: str = UNKNOWN_MODALITIES
     caption: str = ""
-    picture: Path | None = None
+    points: Path | None = None
+    image: Path | None = None
 
 
 @dataclass
@@ -135,17 +135,26 @@ def _add_given(inputs: Inputs, line: str, predicted: Path, true: Path) -> None:
     assert isinstance(entry, dict)
     modalities = _text(entry, "modalities") or UNKNOWN_MODALITIES
     caption = _text(entry, "caption") or inputs.of(sample_id).caption
-    picture: Path | None = None
-    if name := _text(entry, "picture"):
-        if id_fault(name):
-            inputs.unreadable.append(f"{INPUTS_FILE}: the picture {name[:60]!a} leaves the folder")
-        else:
-            picture = predicted / name
-    elif "image" in modalities.split("+"):
-        picture = view_path(true / IMAGE_FOLDER, sample_id, 0)
-    if picture is not None and not picture.is_file():
-        picture = None
-    inputs.given[sample_id] = Given(modalities=modalities, caption=caption, picture=picture)
+    source = Source.from_folder(true)
+    views = source.image_files(sample_id) if "image" in modalities.split("+") else []
+    inputs.given[sample_id] = Given(
+        modalities=modalities,
+        caption=caption,
+        points=_file(inputs, entry, "points", predicted)
+        or (source.points_file(sample_id) if "points" in modalities.split("+") else None),
+        image=_file(inputs, entry, "image", predicted) or next(iter(views), None),
+    )
+
+
+def _file(inputs: Inputs, entry: Mapping[str, object], key: str, folder: Path) -> Path | None:
+    """The file that a line names, if it is one and below the folder."""
+    name = _text(entry, key)
+    if not name:
+        return None
+    if id_fault(name):
+        inputs.unreadable.append(f"{INPUTS_FILE}: {name[:60]!a} leaves the folder")
+        return None
+    return folder / name if (folder / name).is_file() else None
 
 
 def _text(entry: Mapping[str, object], key: str) -> str:

@@ -89,16 +89,16 @@ def test_what_was_given_comes_from_the_side_file_and_the_true_data(tmp_path: Pat
     picture = put(predicted / "in/3.png")
     lines = [
         {"id": "0000/1", "modalities": "text+image"},
-        {"id": "0000/3", "modalities": "text", "caption": "Mine", "picture": "in/3.png"},
-        {"id": "0000/4", "picture": "in/gone.png"},
+        {"id": "0000/3", "modalities": "text", "caption": "Mine", "image": "in/3.png", "points": "in/3.npz"},
+        {"id": "0000/4", "image": "in/gone.png"},
     ]
     put(predicted / "inputs.jsonl", "\n".join(map(json.dumps, lines)))
     inputs = read_inputs(predicted, true)
     first, third, fourth = (inputs.of(f"0000/{i}") for i in (1, 3, 4))
     assert (first.modalities, first.caption) == ("text+image", "A plate")
-    assert first.picture == true / "img/0000/1_000.png"
-    assert (third.caption, third.picture) == ("Mine", picture)
-    assert (fourth.modalities, fourth.picture) == (UNKNOWN_MODALITIES, None)
+    assert first.image == true / "img/0000/1_000.png"
+    assert (third.caption, third.image, third.points) == ("Mine", picture, None)
+    assert (fourth.modalities, fourth.image) == (UNKNOWN_MODALITIES, None)
     assert inputs.of("0000/5").caption == ""
     assert inputs.unreadable == []
 
@@ -112,8 +112,8 @@ def test_what_was_given_comes_from_the_side_file_and_the_true_data(tmp_path: Pat
         '{"id": 5}',
         '{"id": "../../etc/passwd"}',
         '{"id": "/etc/passwd"}',
-        '{"id": "a", "picture": "../secret.png"}',
-        '{"id": "a", "picture": "/etc/passwd"}',
+        '{"id": "a", "image": "../secret.png"}',
+        '{"id": "a", "image": "/etc/passwd"}',
     ],
 )
 def test_a_line_that_is_wrong_or_leaves_the_folder_is_listed_and_the_next_one_read(
@@ -123,7 +123,7 @@ def test_a_line_that_is_wrong_or_leaves_the_folder_is_listed_and_the_next_one_re
     put(tmp_path / "pred/inputs.jsonl", line + '\n{"id": "b", "modalities": "text"}\n')
     inputs = read_inputs(tmp_path / "pred", tmp_path / "true")
     assert len(inputs.unreadable) == 1
-    assert inputs.of("a").picture is None
+    assert inputs.of("a").image is None
     assert inputs.of("b").modalities == "text"
 
 
