@@ -247,13 +247,15 @@ def evaluate(argv: Sequence[str]) -> ExitCode:
     from rich.console import Console
 
     from cad_mllm.data.atomic import make_writable
-    from cad_mllm.evaluate import run
+    from cad_mllm.evaluate import report, run
 
     make_writable(arguments.out, "--out")
     workers = arguments.workers or os.cpu_count() or 1
     evaluation = run.evaluate(arguments.pred, arguments.true, training=arguments.train, workers=workers)
     run.write_tables(arguments.out, evaluation)
-    run.print_summary(evaluation, Console())
+    run.print_summary(evaluation, console := Console())
+    page = report.write_report(arguments.out, evaluation, workers=workers)
+    console.print(f"wrote {page}", highlight=False, soft_wrap=True)
     return ExitCode.DONE
 
 

@@ -54,14 +54,14 @@ _POINTS = f"{SAMPLES:,} points drawn from each surface, {_UNIT_BOX}"
 METRICS = (
     Metric(
         name="chamfer_squared",
-        label="CD squared x10^3",
+        label="CD squared ×10³",
         definition=f"sum of both mean squared nearest distances; {_POINTS}",
         scale=1e3,
         worst=math.inf,
     ),
     Metric(
         name="chamfer",
-        label="CD x10^2",
+        label="CD ×10²",
         definition=f"mean of both mean nearest distances, not squared; {_POINTS}",
         scale=1e2,
         worst=math.inf,
@@ -117,7 +117,7 @@ METRICS = (
     ),
     Metric(
         name="flux_enclosure_error",
-        label="FluxEE x100",
+        label="FluxEE ×100",
         definition="|sum of area n . (1,1,1)|, not scaled: programs in [-1, 1]^3, files in their unit",
         scale=100,
         digits=3,
@@ -221,7 +221,7 @@ def summarise(
     prints = [sample.fingerprint for sample in counted if sample.fingerprint is not None]
     unknown = [entry not in known for entry in prints]
     groups: dict[str, list[Sample]] = {}
-    for sample in samples if modalities else []:
+    for sample in counted if modalities else []:
         groups.setdefault((modalities or {})[sample.id], []).append(sample)
     return Summary(
         counts={outcome.value: count for outcome, count in _counts(samples).items()},
