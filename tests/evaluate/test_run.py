@@ -48,7 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def evaluation(folders: Path) -> run.Evaluation:
     return run.evaluate(
-        folders / "pred", folders / "true", training=folders / "train.txt", workers=2, seconds=30.0
+        folders / "pred", folders / "true", training=folders / "train.txt", workers=1, seconds=30.0
     )
 
 
