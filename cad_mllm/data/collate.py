@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from cad_mllm.data import order
 from cad_mllm.data.files import FloatArray
@@ -173,5 +174,8 @@ def _layout(sample: Sample, spec: SequenceSpec) -> _Row:
 
 
 def _stack(arrays: Sequence[FloatArray | None], shape: tuple[int, ...]) -> Tensor:
-    present = [array for array in arrays if array is not None]
-    return torch.from_numpy(np.stack(present)) if present else torch.empty((0, *shape), dtype=torch.float32)
+    present = [torch.from_numpy(array) for array in arrays if array is not None]
+    if not present:
+        return torch.empty((0, *shape), dtype=torch.float32)
+    stacked: Tensor = default_collate(present)  # in a loader process, straight into shared memory
+    return stacked
