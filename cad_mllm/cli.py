@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from cad_mllm.config import TargetFormat
 from cad_mllm.errors import CadMllmError, ConfigError, DataError, ExitCode, without_credentials
 from cad_mllm.settings import (
     TRAIN_EXAMPLES,
@@ -99,6 +100,64 @@ def prepare(argv: Sequence[str]) -> ExitCode:
         raise DataError(
             f"none of the {len(report.skipped)} models could be prepared: the table above says why"
         )
+    return ExitCode.DONE
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectArguments:
+    """Show what is in a data set, and one sample as the sequence that training sees."""
+
+    data: Positional[str]
+    """Sharded data set (folder or URL), or folder in the Omni-CAD layout."""
+    tokenizer: str = "tiny"
+    """Whose tokens to count and show: local folder, hub name, or `tiny` (one token a byte)."""
+    id: str | None = None
+    """Which sample to show. Unset: one drawn by --seed."""
+    split: Literal["train", "val"] = "train"
+    """Which split it comes from."""
+    seed: int = 0
+    """Draws the sample."""
+    target_format: TargetFormat = "command"
+    """As in training."""
+    quantization_bits: Literal[8, 10] = 8
+    """As in training."""
+    max_seq_length: int = 2048
+    """As in training; here of the text alone."""
+    workers: int = 0
+    """Worker processes that read loose files (0: one per core)."""
+
+
+def inspect(argv: Sequence[str]) -> ExitCode:
+    """Show what is in a data set, and one training sequence token by token."""
+    example = (
+        "examples:\n"
+        "  cad-mllm data inspect data/omnicad --tokenizer Qwen/Qwen3-8B\n"
+        "  cad-mllm data inspect s3://bucket/omnicad --split val --id 0000/00000071_00005\n"
+    )
+    arguments = parse_flags(InspectArguments, argv, prog="cad-mllm data inspect", examples=example)
+    _require("--seed", arguments.seed, 0)
+    _require("--max_seq_length", arguments.max_seq_length, 1)
+    _require("--workers", arguments.workers, 0)
+    from rich.console import Console
+
+    from cad_mllm.data.inspect import InspectSettings
+    from cad_mllm.data.inspect import inspect as inspect_data
+    from cad_mllm.model.build import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(arguments.tokenizer)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("--llm_model_name", "--tokenizer")) from error
+    settings = InspectSettings(
+        split=arguments.split,
+        sample_id=arguments.id,
+        seed=arguments.seed,
+        target_format=arguments.target_format,
+        bits=arguments.quantization_bits,
+        max_seq_length=arguments.max_seq_length,
+        workers=arguments.workers or os.cpu_count() or 1,
+    )
+    inspect_data(arguments.data, tokenizer, settings, Console())
     return ExitCode.DONE
 
 
@@ -403,6 +462,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "doctor": doctor,
     "prepare": prepare,
     "make-dummy": make_dummy,
+    "data inspect": inspect,
     "generate": generate,
     "evaluate": evaluate,
     "show-config": show_config,
@@ -515,12 +575,13 @@ def _dispatch(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         show(_overview())
         return ExitCode.DONE if argv else ExitCode.CONFIG
-    command = COMMANDS.get(argv[0])
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    command = COMMANDS.get(" ".join(argv[:words]))
     if command is None:
         raise ConfigError(
             f"unknown command {argv[0]!r}: one of {', '.join(COMMANDS)} (see `cad-mllm --help`)"
         )
-    return command(argv[1:])
+    return command(argv[words:])
 
 
 def _overview() -> str:

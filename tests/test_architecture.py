@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "cluster": _BASE,
     "launch": _BASE,
     "demo": _BASE | {"cad", "data", "artifacts", "inputs", "generate", "report", "cli"},
-    "cli": _BASE
+    "cli": _BASE | {"cad", "data", "model", "train", "generate", "report", "settings", "cluster"},
     | {"cad", "data", "train", "inputs", "generate", "report", "settings", "cluster", "evaluate"},
     "train_curriculum": {"cli"},
 }

@@ -424,7 +424,7 @@ def test_every_command_explains_itself_with_an_example(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_request:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert exit_request.value.code == 0
     shown = capsys.readouterr().out
     assert "example" in shown.rsplit("--", 1)[0]

@@ -195,6 +195,8 @@ class Shards:
     def image(self, sample_id: str, row: int, view: int) -> Image.Image:
         """See `Store`."""
         with self._readable(row):
+            if view >= self.split.num_views(row):
+                raise UnusableFileError(self.split.place(row), "no image")
             png = BytesIO(self.split.view(row, view))
         return decode_image(png, self.split.place(row))
 
@@ -202,6 +204,8 @@ class Shards:
     def _readable(self, row: int) -> Iterator[None]:
         try:
             yield
+        except UnusableFileError:
+            raise
         except DataError as error:
             raise UnusableFileError(self.split.place(row), f"unreadable shard: {error}") from error
 

@@ -139,7 +139,7 @@ def _build(
     dtype = torch_dtype(config)
     # Before ZeRO-3 is switched on: transformers would shard the image encoder too.
     encoders = build_encoders(names, dtype)
-    tokenizer = _load_tokenizer(config.llm_model_name if source is None else str(source.tokenizer))
+    tokenizer = load_tokenizer(config.llm_model_name if source is None else str(source.tokenizer))
     with _sharded_construction(zero3_config):
         lm = _load_lm(config, dtype, device, source)
         _check_lm(config, lm, tokenizer)
@@ -219,7 +219,8 @@ def read_lm_config(name: str) -> PretrainedConfig:
     return config.get_text_config()
 
 
-def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a preset, a local folder or a hub name. Raises ConfigError for one of no use."""
     if name in presets.PRESETS:
         return presets.byte_tokenizer()
     try:
