@@ -111,7 +111,7 @@ def _read_mesh(path: Path, suffix: str) -> Mesh:
             io.BytesIO(path.read_bytes()), file_type=suffix[1:], process=False, skip_materials=True
         )
         vertices = np.asarray(loaded.vertices, dtype=np.float64)
-        faces = np.asarray(loaded.faces, dtype=np.int64)
+        faces = np.asarray(getattr(loaded, "faces", ()), dtype=np.int64)  # none: a cloud of points
     except MemoryError:
         raise
     except OSError:

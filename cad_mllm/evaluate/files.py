@@ -17,6 +17,7 @@ from pathlib import Path
 
 from cad_mllm.cad.shapefile import SUFFIXES
 from cad_mllm.data.layout import CAPTION_KEY, JSON_FOLDER, TEXT_FOLDER, Source, id_fault
+from cad_mllm.data.sequence import MODALITIES
 from cad_mllm.errors import DataError
 
 INPUTS_FILE = "inputs.jsonl"
@@ -133,7 +134,7 @@ def _add_given(inputs: Inputs, line: str, predicted: Path, true: Path) -> None:
         inputs.unreadable.append(f"{INPUTS_FILE}: {line[:60]!a} is no object with an id")
         return
     assert isinstance(entry, dict)
-    modalities = _text(entry, "modalities") or UNKNOWN_MODALITIES
+    modalities = _modalities(inputs, entry)
     caption = _text(entry, "caption") or inputs.of(sample_id).caption
     source = Source.from_folder(true)
     views = source.image_files(sample_id) if "image" in modalities.split("+") else []
@@ -144,6 +145,16 @@ def _add_given(inputs: Inputs, line: str, predicted: Path, true: Path) -> None:
         or (source.points_file(sample_id) if "points" in modalities.split("+") else None),
         image=_file(inputs, entry, "image", predicted) or next(iter(views), None),
     )
+
+
+def _modalities(inputs: Inputs, entry: Mapping[str, object]) -> str:
+    """What a line says was given: one of the combinations that there are."""
+    stated = _text(entry, "modalities")
+    if stated in MODALITIES:
+        return stated
+    if stated:
+        inputs.unreadable.append(f"{INPUTS_FILE}: {stated[:60]!a} is none of {', '.join(MODALITIES)}")
+    return UNKNOWN_MODALITIES
 
 
 def _file(inputs: Inputs, entry: Mapping[str, object], key: str, folder: Path) -> Path | None:
@@ -159,7 +170,8 @@ def _file(inputs: Inputs, entry: Mapping[str, object], key: str, folder: Path) -
 
 def _text(entry: Mapping[str, object], key: str) -> str:
     value = entry.get(key)
-    return value[:_MAX_CAPTION] if isinstance(value, str) else ""
+    # JSON can spell half a character, which no file can hold.
+    return value[:_MAX_CAPTION].encode(errors="replace").decode() if isinstance(value, str) else ""
 
 
 def _captions(folder: Path, unreadable: list[str]) -> dict[str, str]:

@@ -88,7 +88,7 @@ def write_report(out: Path, evaluation: Evaluation, *, workers: int, seconds: fl
     )
     path = out / REPORT_FILE
     with atomic_path(path) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+        temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
     return path
 
 

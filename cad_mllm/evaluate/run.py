@@ -106,16 +106,17 @@ def score_all(pairs: Sequence[Pair], *, workers: int, seconds: float) -> list[Sa
                 samples.append(outcome)
     # Time, memory or a crash: was it the truth or the prediction? The truth alone tells.
     alone = [Pair(pair.id, pair.true, None) for pair, _ in stuck]
-    for index, outcome in run_limited(
-        score, alone, workers=min(workers, max(len(alone), 1)), seconds=seconds
-    ):
-        pair, reason = stuck[index]
-        if isinstance(outcome, CadError):
-            samples.append(Sample(pair.id, Outcome.UNUSABLE_TRUTH, str(outcome)))
-        elif outcome.outcome is Outcome.UNUSABLE_TRUTH or pair.predicted is None:
-            samples.append(outcome)
-        else:
-            samples.append(Sample(pair.id, Outcome.INVALID, reason))
+    few = min(workers, max(len(alone), 1))
+    with SlowProgress("reading the true models of those that broke off", len(alone)) as progress:
+        for index, outcome in run_limited(score, alone, workers=few, seconds=seconds):
+            progress.advance()
+            pair, reason = stuck[index]
+            if isinstance(outcome, CadError):
+                samples.append(Sample(pair.id, Outcome.UNUSABLE_TRUTH, str(outcome)))
+            elif outcome.outcome is Outcome.UNUSABLE_TRUTH or pair.predicted is None:
+                samples.append(outcome)
+            else:
+                samples.append(Sample(pair.id, Outcome.INVALID, reason))
     return samples
 
 
@@ -157,7 +158,7 @@ def write_tables(out: Path, evaluation: Evaluation) -> None:
     columns = ["id", "outcome", "modalities", *(metric.name for metric in METRICS), "reason"]
     with (
         atomic_path(out / SAMPLES_FILE) as path,
-        path.open("w", newline="", encoding="utf-8") as file,
+        path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         writer = csv.writer(file)
         writer.writerow(columns)

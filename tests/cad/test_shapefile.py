@@ -21,6 +21,7 @@ HEADER = (
     "ply\nformat {}\nelement vertex {}\nproperty float x\nproperty float y\nproperty float z\n"
     "element face {}\nproperty list uchar int vertex_indices\nend_header\n"
 )
+POINTS_PLY = "\n".join([*HEADER.format("ascii 1.0", 1, 0).splitlines()[:6], "end_header", "0 0 0", ""])
 ASCII_PLY = HEADER.format("ascii 1.0", 3, 1) + "0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n"
 
 
@@ -81,6 +82,7 @@ def test_a_text_is_read_with_the_bits_that_it_was_written_with(bits: int) -> Non
         ("a.ply", ASCII_PLY.replace("1 0 0", "1e30 0 0"), "beyond"),
         ("a.ply", HEADER.format("ascii 1.0", 3, 0) + "0 0 0\n1 0 0\n0 1 0\n", "no faces"),
         ("a.ply", HEADER.format("binary_little_endian 1.0", 3 * 10**9, 10**9), "PLY"),
+        ("a.ply", POINTS_PLY, "no faces"),
         ("a.obj", "v 0 0 0\nv 1 0 0\n", "no faces|OBJ"),
         ("a.obj", "f 1 2 3\n", "no faces|OBJ|names vertex"),
         ("a.obj", "v 0 0 0\nv 1 0 inf\nv 0 1 0\nf 1 2 3\n", "not finite"),

@@ -114,6 +114,7 @@ def test_what_was_given_comes_from_the_side_file_and_the_true_data(tmp_path: Pat
         '{"id": "/etc/passwd"}',
         '{"id": "a", "image": "../secret.png"}',
         '{"id": "a", "image": "/etc/passwd"}',
+        '{"id": "a", "modalities": "text+smell"}',
     ],
 )
 def test_a_line_that_is_wrong_or_leaves_the_folder_is_listed_and_the_next_one_read(
@@ -136,3 +137,8 @@ def test_broken_captions_cost_nothing_but_themselves(content: str, tmp_path: Pat
     inputs = read_inputs(tmp_path, tmp_path / "true")
     assert inputs.of("a").caption == ""
     assert inputs.of("b").caption == "B"
+
+
+def test_half_a_character_does_not_end_the_writing_of_the_page(tmp_path: Path) -> None:
+    put(tmp_path / "inputs.jsonl", '{"id": "a", "caption": "A \\ud800 plate"}')
+    assert read_inputs(tmp_path, tmp_path).of("a").caption.encode() == b"A ? plate"

@@ -29,7 +29,7 @@ def put(path: Path, content: str) -> Path:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four ids: a good one, one that is off, one that fails, one not predicted; evil names and texts."""
+    """Four ids: a good one, one that is off, one that fails, one without prediction; evil names and texts."""
     root = tmp_path_factory.mktemp("evaluation")
     evil_id = f"a/{EVIL.replace('/', '')}"
     texts = {"a/good": PLATE, "a/off": PLATE.replace("E60", "E200"), evil_id: EVIL}
@@ -111,14 +111,7 @@ document.body.innerHTML = ""; document.body.id = "found"; document.body.textCont
 def chromium(tmp_path: Path, page: Path, *arguments: str) -> str:
     """What a headless browser prints that opens the page."""
     assert CHROMIUM is not None
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--hide-scrollbars",
-        "--virtual-time-budget=5000",
-    ]
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=5000"]
     command = [CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'profile'}", *arguments, page.as_uri()]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
