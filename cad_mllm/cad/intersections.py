@@ -42,7 +42,7 @@ def self_intersecting_faces(mesh: Mesh) -> BoolArray:
     hit_F = collinear(*(triangles[:, corner] for corner in range(3)))
     (solid_F,) = np.nonzero(~hit_F)
     if len(solid_F):
-        faces_of = _Faces(triangles[solid_F], _sheet_vertices(faces[solid_F]))
+        faces_of = _Faces(triangles[solid_F], _sheet_vertices(faces)[solid_F])  # flat faces connect, too
         for first_P, second_P in _overlapping_boxes(faces_of.triangles):
             meets_P = faces_of.intersect(first_P, second_P)
             hit_F[solid_F[first_P[meets_P]]] = True

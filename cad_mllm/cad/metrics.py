@@ -183,17 +183,23 @@ def dangling_edge_length(mesh: Mesh) -> float:
 
 
 def self_intersection_ratio(mesh: Mesh) -> float:
-    """SIR: the share of the faces that take part in any intersection, 0 to 1.
+    """SIR: the share of the faces that take part in any intersection, 0 to 1, of the `repaired` mesh.
 
-    `cad_mllm.cad.intersections` says which contacts count. As in the official code, which repairs what it
-    reads, faces of fewer than three vertices do not count at all, and faces of the same three count once.
+    `cad_mllm.cad.intersections` says which contacts count.
+    """
+    whole = repaired(mesh)
+    return float(self_intersecting_faces(whole).mean()) if len(whole.faces) else 0.0
+
+
+def repaired(mesh: Mesh) -> Mesh:
+    """Without faces of fewer than three vertices, and with faces of the same three vertices once.
+
+    The official code does so when it reads a mesh (CGAL's `repair_polygon_soup`).
     """
     corners = np.sort(mesh.faces, axis=1)
     whole = (corners[:, 0] != corners[:, 1]) & (corners[:, 1] != corners[:, 2])
     _, first = np.unique(corners[whole], axis=0, return_index=True)
-    if not len(first):
-        return 0.0
-    return float(self_intersecting_faces(Mesh(mesh.vertices, mesh.faces[whole][first])).mean())
+    return Mesh(mesh.vertices, mesh.faces[whole][np.sort(first)])
 
 
 def flux_enclosure_error(mesh: Mesh) -> float:

@@ -10,6 +10,7 @@ import trimesh
 
 from cad_mllm.cad.intersections import self_intersecting_faces
 from cad_mllm.cad.mesh import Mesh
+from cad_mllm.cad.metrics import repaired, weld
 from cad_mllm.cad.predicates import orient2d, orient3d, prepared
 from tests.cad.meshes import cube, joined, moved, of_trimesh, rotation, shuffled
 
@@ -109,6 +110,32 @@ def test_crumpled_surfaces_agree_with_fractions(seed: int) -> None:
     assert sum(expected) > 0
 
 
+def crumpled(seed: int) -> Mesh:
+    """A sphere of 320 faces whose vertices fall onto a coarse grid, and together."""
+    rng = np.random.default_rng(seed)
+    sphere = of_trimesh(trimesh.creation.icosphere(2))
+    jitter = rng.normal(scale=0.1 + 0.05 * (seed % 12), size=sphere.vertices.shape)
+    return weld(Mesh(np.round((sphere.vertices + jitter) * (3 + seed % 7)), sphere.faces))
+
+
+@pytest.mark.parametrize(
+    ("seed", "intersecting", "faces"),
+    [
+        (0, 126, 243),
+        (1, 105, 289),
+        (12, 44, 308),
+        (24, 64, 308),
+        (26, 165, 316),
+        (36, 5, 282),
+        (37, 122, 295),
+    ],
+)
+def test_counts_are_those_of_cgal(seed: int, intersecting: int, faces: int) -> None:
+    """What CGAL 6.0.1 counts in these meshes, read as the official code does: folded, flat, no manifolds."""
+    mesh = repaired(crumpled(seed))
+    assert (int(self_intersecting_faces(mesh).sum()), len(mesh.faces)) == (intersecting, faces)
+
+
 # --- contacts that count, and those that do not -------------------------------------------------------------
 
 TRIANGLE = [(0.0, 0.0, 0.0), (4.0, 0.0, 0.0), (0.0, 4.0, 0.0)]
@@ -150,6 +177,13 @@ def test_a_face_without_area_counts_alone() -> None:
     faces = np.concatenate([mesh.faces, [(0, 7, 8), (3, 3, 5)]])
     with_flat = Mesh(np.concatenate([mesh.vertices, [(0.5, 0.5, 0.5)]]), faces)
     assert self_intersecting_faces(with_flat).tolist() == [False] * 12 + [True, True]
+
+
+def test_a_face_without_area_still_holds_a_sheet_together() -> None:
+    """The first and the last face touch in vertex 0, which both have by way of the flat face between them."""
+    points = np.array([(0, 0, 0), (1, 1, 0), (1, 0, 0), (-1, 0, 0), (0, 0, -1)], dtype=np.float64)
+    mesh = Mesh(points, np.array([(0, 1, 2), (0, 2, 3), (0, 3, 4)]))
+    assert self_intersecting_faces(mesh).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize(
