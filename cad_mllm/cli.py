@@ -312,8 +312,8 @@ def evaluate(argv: Sequence[str]) -> ExitCode:
     workers = arguments.workers or os.cpu_count() or 1
     evaluation = run.evaluate(arguments.pred, arguments.true, training=arguments.train, workers=workers)
     run.write_tables(arguments.out, evaluation)
-    run.print_summary(evaluation, console := Console())
     page = report.write_report(arguments.out, evaluation, workers=workers)
+    run.print_summary(evaluation, console := Console())
     console.print(f"wrote {page}", highlight=False, soft_wrap=True)
     return ExitCode.DONE
 
