@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from cad_mllm.data import order
 from cad_mllm.data.augment import Variant
-from cad_mllm.data.collate import Batch, Sample, collate, image_array, select_points
+from cad_mllm.data.collate import Batch, Sample, collate, image_array, pack, select_points
 from cad_mllm.data.files import FloatArray, UnusableFileError
 from cad_mllm.data.index import Index
 from cad_mllm.data.sequence import MODALITIES, Combo, SequenceSpec, TextTokenizer, bos_ids, pad_id
@@ -70,12 +70,15 @@ class BatchBuilder:
         seed: int,
         stage: int,
         seconds: float,
+        pack_tokens: int = 0,
     ) -> None:
+        """With `pack_tokens` the samples of a micro-batch become one row of that length, else a row each."""
         self._index = index
         self._spec = spec
         self._seed = seed
         self._stage = stage
         self._seconds = seconds
+        self._pack_tokens = pack_tokens
         self._bos = bos_ids(tokenizer)
         self._pad_id = pad_id(tokenizer)
 
@@ -97,7 +100,11 @@ class BatchBuilder:
                         )
                     )
             samples.append(sample)
-        return Loaded(batch=collate(samples, self._spec, self._pad_id), lost=tuple(lost))
+        if self._pack_tokens:
+            batch = pack(samples, self._spec, self._pad_id, self._pack_tokens)
+        else:
+            batch = collate(samples, self._spec, self._pad_id)
+        return Loaded(batch=batch, lost=tuple(lost))
 
     def _sample(self, item: Item, all_lost: str | None) -> Sample:
         text = self._text_of(item)

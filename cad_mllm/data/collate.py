@@ -1,12 +1,12 @@
-"""Samples -> one right-padded micro-batch of plain tensors.
+"""Samples -> one micro-batch of plain tensors: a right-padded row each, or all packed into one row.
 
-Shapes: B samples, T positions, S supervised positions; N images (3, H, W); M clouds of P points with
+Shapes: B rows, T positions, S supervised positions; N images (3, H, W); M clouds of P points with
 C = 6 channels (xyz, unit normal). A modality that a sample lacks leaves no trace in its sequence.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "collate",
     "image_array",
     "normalise_points",
+    "pack",
 ]
 
 IGNORED = -100
@@ -53,6 +54,17 @@ class Sample:
     """False: the sample only keeps a rank busy, all its labels are ignored."""
 
 
+class Packed(NamedTuple):
+    """Where the samples of a row begin and end; what fills the row up is one of them."""
+
+    position_ids_1T: Tensor
+    """int64; from 0 in each sample."""
+    cu_seqlens: Tensor
+    """int32 (samples + 1,): sample d is [cu_seqlens[d], cu_seqlens[d + 1])."""
+    longest: int
+    """Tokens of the longest one."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
     """One micro-batch."""
@@ -75,6 +87,11 @@ class Batch:
     combos: tuple[Combo, ...]
     num_supervised: int
     """Labels that are not IGNORED."""
+    loss_rows: Tensor
+    """int64 (S,): flat in B * T, the positions whose next label is supervised, rising; S >= 1: a batch
+    without any has position 0, whose next label is IGNORED."""
+    packed: "Packed | None" = None
+    """None: a sample a row."""
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device` (asynchronously from pinned memory)."""
@@ -86,8 +103,13 @@ class Batch:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors: dict[str, Any] = {name: change(v) for name, v in values.items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        changed: dict[str, Any] = {name: change(v) for name, v in values.items() if isinstance(v, Tensor)}
+        if self.packed is not None:
+            packed = Packed(
+                change(self.packed.position_ids_1T), change(self.packed.cu_seqlens), self.packed.longest
+            )
+            changed["packed"] = packed
+        return replace(self, **changed)
 
 
 def normalise_points(points_NC: FloatArray, rows_P: order.IntArray | None = None) -> FloatArray:
@@ -121,35 +143,68 @@ def image_array(image: Image.Image, spec: SequenceSpec) -> FloatArray:
 
 
 def collate(samples: Sequence[Sample], spec: SequenceSpec, pad_id: int) -> Batch:
-    """One batch of the samples in their order; the index has made sure that each fits."""
+    """One batch of the samples in their order, a row each; the index has made sure that each fits."""
     rows = [_layout(sample, spec) for sample in samples]
     longest = max(len(row.tokens) for row in rows)
     assert longest <= spec.max_seq_length, "the index lets no sample through that does not fit"
-    tokens_BT = np.full((len(rows), longest), pad_id, dtype=np.int64)
-    mask_BT = np.zeros_like(tokens_BT)
-    labels_BT = np.full_like(tokens_BT, IGNORED)
+    starts = [b * longest for b in range(len(rows))]
+    return _fill(samples, rows, starts, (len(rows), longest), spec, pad_id)
+
+
+def pack(samples: Sequence[Sample], spec: SequenceSpec, pad_id: int, length: int) -> Batch:
+    """One batch of the samples end to end in one row of `length`, into which they fit."""
+    rows = [_layout(sample, spec) for sample in samples]
+    ends = np.cumsum([len(row.tokens) for row in rows])
+    assert ends[-1] <= length, "the plan lets no pack through that does not fit"
+    borders = [0, *ends.tolist()] + ([length] if ends[-1] < length else [])
+    sizes = np.diff(borders)
+    packed = Packed(
+        position_ids_1T=torch.from_numpy(np.concatenate([np.arange(size) for size in sizes])[None]),
+        cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+        longest=int(sizes.max()),
+    )
+    batch = _fill(samples, rows, borders[: len(rows)], (1, length), spec, pad_id)
+    return replace(batch, packed=packed)
+
+
+def _fill(
+    samples: Sequence[Sample],
+    rows: Sequence["_Row"],
+    starts: Sequence[int],
+    shape: tuple[int, int],
+    spec: SequenceSpec,
+    pad_id: int,
+) -> Batch:
+    """The rows written at these places of a flat (B * T,) batch, nothing else in it."""
+    num_positions = shape[0] * shape[1]
+    tokens, mask = np.full(num_positions, pad_id, dtype=np.int64), np.zeros(num_positions, dtype=np.int64)
+    labels = np.full(num_positions, IGNORED, dtype=np.int64)
     image_rows: list[np.ndarray] = []
     point_rows: list[np.ndarray] = []
-    for b, (row, sample) in enumerate(zip(rows, samples, strict=True)):
-        length, start = len(row.tokens), len(row.tokens) - len(sample.target)
-        tokens_BT[b, :length] = [pad_id if token is None else token for token in row.tokens]
-        mask_BT[b, :length] = 1
+    for start, row, sample in zip(starts, rows, samples, strict=True):
+        end = start + len(row.tokens)
+        tokens[start:end] = [pad_id if token is None else token for token in row.tokens]
+        mask[start:end] = 1
         if sample.supervised:
-            labels_BT[b, start:length] = sample.target
-        image_rows.append(b * longest + np.arange(*row.image))
-        point_rows.append(b * longest + np.arange(*row.points))
+            # The prompt is never empty: no first token of a sample is supervised, for nothing predicts it.
+            assert len(sample.target) < len(row.tokens)
+            labels[end - len(sample.target) : end] = sample.target
+        image_rows.append(start + np.arange(*row.image))
+        point_rows.append(start + np.arange(*row.points))
+    supervised = np.flatnonzero(labels != IGNORED)
     size = spec.image_size
     return Batch(
-        tokens_BT=torch.from_numpy(tokens_BT),
-        attention_mask_BT=torch.from_numpy(mask_BT),
-        labels_BT=torch.from_numpy(labels_BT),
+        tokens_BT=torch.from_numpy(tokens.reshape(shape)),
+        attention_mask_BT=torch.from_numpy(mask.reshape(shape)),
+        labels_BT=torch.from_numpy(labels.reshape(shape)),
         images_NCHW=_stack([s.image_3HW for s in samples], (3, size, size)),
         image_rows=torch.from_numpy(np.concatenate(image_rows)),
         points_MPC=_stack([s.points_PC for s in samples], (spec.num_points, 6)),
         point_rows=torch.from_numpy(np.concatenate(point_rows)),
         sample_ids=tuple(s.id for s in samples),
         combos=tuple(s.combo for s in samples),
-        num_supervised=int((labels_BT != IGNORED).sum()),
+        num_supervised=len(supervised),
+        loss_rows=torch.from_numpy(supervised - 1 if len(supervised) else np.zeros(1, np.int64)),
     )
 
 

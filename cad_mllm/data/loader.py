@@ -18,6 +18,7 @@ from cad_mllm.data.augment import WHOLE, Augmentation
 from cad_mllm.data.batches import SECONDS_PER_SAMPLE, BatchBuilder, Item, Loaded, Lost
 from cad_mllm.data.collate import Batch
 from cad_mllm.data.index import Index
+from cad_mllm.data.packing import PackPlan, plan_packs
 from cad_mllm.data.sequence import MODALITIES, Combo, Mix, SequenceSpec, TextTokenizer
 
 EVAL_STAGE = 0
@@ -51,7 +52,9 @@ class Step:
 class _MicroBatches(Dataset[Loaded]):
     """Map-style: micro-batch number -> Loaded. Picklable, for any way to start a process."""
 
-    def __init__(self, builder: "BatchBuilder", items: "_StepItems | Sequence[Sequence[Item]]") -> None:
+    def __init__(
+        self, builder: "BatchBuilder", items: "_StepItems | _PackedItems | Sequence[Sequence[Item]]"
+    ) -> None:
         self._builder = builder
         self._items = items
 
@@ -88,23 +91,36 @@ class StepLoader:
         augmentation: Augmentation = WHOLE,
         pin_memory: bool = False,
         seconds_per_sample: float = SECONDS_PER_SAMPLE,
+        packs: PackPlan | None = None,
+        pack_tokens: int = 0,
     ) -> None:
-        self._plan = _StepItems(
-            index=index,
-            augmentation=augmentation,
-            seed=seed,
-            stage=stage,
-            mix=dict(mix),
-            batch_size=batch_size,
-            accumulation=accumulation,
-            rank=rank,
-            world_size=world_size,
-            start_step=start_step,
-            num_steps=num_steps,
-        )
+        """`packs` (with their budget `pack_tokens`) take the place of batches of `batch_size`."""
+        draws = _Draws(index=index, augmentation=augmentation, seed=seed, stage=stage, mix=dict(mix))
+        self._plan: _StepItems | _PackedItems
+        if packs is None:
+            self._plan = _StepItems(
+                draws=draws,
+                batch_size=batch_size,
+                accumulation=accumulation,
+                rank=rank,
+                world_size=world_size,
+                start_step=start_step,
+                num_steps=num_steps,
+            )
+        else:
+            assert packs.packs_per_step == accumulation * world_size, "the plan is for these ranks"
+            self._plan = _PackedItems(
+                draws=draws,
+                packs=packs,
+                accumulation=accumulation,
+                rank=rank,
+                world_size=world_size,
+                start_step=start_step,
+                num_steps=num_steps,
+            )
         self._index = index
         self._spec = spec
-        builder = BatchBuilder(index, tokenizer, spec, seed, stage, seconds_per_sample)
+        builder = BatchBuilder(index, tokenizer, spec, seed, stage, seconds_per_sample, pack_tokens)
         self._batches = _MicroBatches(builder, self._plan)
         self._num_workers = num_workers
         self._pin_memory = pin_memory
@@ -120,7 +136,7 @@ class StepLoader:
             loaded = [next(batches) for _ in range(plan.accumulation)]
             yield Step(
                 index=step,
-                epoch=(step + 1) * len(items) / len(self._index),
+                epoch=plan.samples_until(step + 1) / len(self._index),
                 micro_batches=[one.batch for one in loaded],
                 lost=tuple(lost for one in loaded for lost in one.lost),
                 supervised_tokens=sum(self._index.num_tokens(item.number, item.variant)[1] for item in items),
@@ -133,14 +149,30 @@ class StepLoader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _StepItems:
-    """A rank's micro-batches of the steps `start_step ... num_steps - 1`, numbered from 0."""
+class _Draws:
+    """The samples of a stage with their modalities."""
 
     index: Index
     augmentation: Augmentation
     seed: int
     stage: int
     mix: Mix
+
+    def item(self, number: int, epoch: int) -> Item:
+        sample_id = self.index.ids[number]
+        return Item(
+            number,
+            epoch,
+            order.draw_combo(self.seed, self.stage, epoch, sample_id, self.mix),
+            variant=self.index.draw_variant(number, self.augmentation, self.seed, self.stage, epoch),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StepItems:
+    """A rank's micro-batches of the steps `start_step ... num_steps - 1`, numbered from 0."""
+
+    draws: _Draws
     batch_size: int
     accumulation: int
     rank: int
@@ -161,19 +193,87 @@ class _StepItems:
             world_size=self.world_size,
         )[accumulated]
 
+    def samples_until(self, step: int) -> int:
+        """Samples of the steps before `step`, over all ranks."""
+        return step * self.batch_size * self.accumulation * self.world_size
+
     def of_step(self, step: int) -> list[Item]:
         """All samples of a step, over all ranks."""
         global_batch = self.batch_size * self.accumulation * self.world_size
-        samples = order.step_samples(len(self.index), global_batch, self.seed, self.stage, step)
-        return [self._item(number, epoch) for number, epoch in samples]
+        draws = self.draws
+        samples = order.step_samples(len(draws.index), global_batch, draws.seed, draws.stage, step)
+        return [draws.item(*sample) for sample in samples]
 
-    def _item(self, number: int, epoch: int) -> Item:
-        return Item(
-            number,
-            epoch,
-            order.draw_combo(self.seed, self.stage, epoch, self.index.ids[number], self.mix),
-            variant=self.index.draw_variant(number, self.augmentation, self.seed, self.stage, epoch),
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class _PackedItems:
+    """The same for packs: pack `a * world_size + rank` of a step for each accumulation index a."""
+
+    draws: _Draws
+    packs: PackPlan
+    accumulation: int
+    rank: int
+    world_size: int
+    start_step: int
+    num_steps: int
+
+    def __len__(self) -> int:
+        return (self.num_steps - self.start_step) * self.accumulation
+
+    def __getitem__(self, number: int) -> Sequence[Item]:
+        pack = (self.start_step * self.accumulation + number) * self.world_size + self.rank
+        return self._at(self.packs.pack(pack))
+
+    def samples_until(self, step: int) -> int:
+        """Samples of the steps before `step`, over all ranks."""
+        return self.packs.samples_until(step)
+
+    def of_step(self, step: int) -> list[Item]:
+        """All samples of a step, over all ranks."""
+        return self._at(self.packs.step(step))
+
+    def _at(self, positions: Sequence[int]) -> list[Item]:
+        draws = self.draws
+        samples = (order.sample_at(len(draws.index), draws.seed, draws.stage, p) for p in positions)
+        return [draws.item(*sample) for sample in samples]
+
+
+def pack_stage(
+    index: Index,
+    spec: SequenceSpec,
+    *,
+    seed: int,
+    stage: int,
+    mix: Mix,
+    epochs: int,
+    pack_tokens: int,
+    packs_per_step: int,
+    augmentation: Augmentation = WHOLE,
+) -> PackPlan:
+    """The packs of a stage: `packs_per_step` (accumulation x ranks) of `pack_tokens` tokens in each step."""
+    whole = index.num_prompt_tokens + index.num_target_tokens
+
+    def lengths(epoch: int) -> order.IntArray:
+        combos, drawn = order.draw_combos(seed, stage, epoch, index.ids, mix)
+        text = whole
+        if augmentation.wanted:
+            variants = (
+                index.draw_variant(number, augmentation, seed, stage, epoch) for number in range(len(index))
+            )
+            text = np.asarray([sum(index.num_tokens(*drawn)) for drawn in enumerate(variants)])
+        placeholders = np.asarray([spec.modality_tokens(MODALITIES[combo]) for combo in combos])
+        in_order: order.IntArray = (text + placeholders[drawn])[
+            order.epoch_order(len(index), seed, stage, epoch)
+        ]
+        return in_order
+
+    return plan_packs(
+        lengths,
+        epochs=epochs,
+        budget=pack_tokens,
+        packs_per_step=packs_per_step,
+        key=order.stable_hash("packs", seed, stage),
+    )
 
 
 def eval_samples(num_samples: int) -> range:

@@ -31,7 +31,8 @@ def _random_keys(length: int, key: int) -> npt.NDArray[np.uint64]:
     return np.random.Philox(key=key).random_raw(length)
 
 
-def _permutation(length: int, key: int) -> IntArray:
+def permutation(length: int, key: int) -> IntArray:
+    """The numbers below `length` in an order that follows from the key alone."""
     return np.argsort(_random_keys(length, key), kind="stable").astype(np.int64)
 
 
@@ -51,7 +52,7 @@ def _smallest(keys: npt.NDArray[np.uint64], count: int) -> IntArray:
 @lru_cache(maxsize=2)
 def epoch_order(num_samples: int, seed: int, stage: int, epoch: int) -> IntArray:
     """Sample indices of one epoch (num_samples,), each exactly once; read-only."""
-    order = _permutation(num_samples, stable_hash("order", seed, stage, epoch))
+    order = permutation(num_samples, stable_hash("order", seed, stage, epoch))
     order.setflags(write=False)
     return order
 
@@ -70,11 +71,13 @@ def step_samples(
     (s + 1) * global_batch) of that, across the border of two epochs where it falls inside.
     """
     positions = range(step * global_batch, (step + 1) * global_batch)
-    return [
-        (int(epoch_order(num_samples, seed, stage, position // num_samples)[position % num_samples]),
-         position // num_samples)
-        for position in positions
-    ]  # fmt: skip
+    return [sample_at(num_samples, seed, stage, position) for position in positions]
+
+
+def sample_at(num_samples: int, seed: int, stage: int, position: int) -> tuple[int, int]:
+    """The sample at a position of a stage, as (sample index, epoch)."""
+    epoch, place = divmod(position, num_samples)
+    return int(epoch_order(num_samples, seed, stage, epoch)[place]), epoch
 
 
 def rank_micro_batches(
@@ -91,11 +94,33 @@ def rank_micro_batches(
 
 def draw_combo(seed: int, stage: int, epoch: int, sample_id: str, mix: Mix) -> Combo:
     """The modality combination of a sample in an epoch, by the shares of `mix` (normalised by their sum)."""
+    combos, drawn = draw_combos(seed, stage, epoch, [sample_id], mix)
+    return combos[int(drawn[0])]
+
+
+def draw_combos(
+    seed: int, stage: int, epoch: int, sample_ids: Sequence[str], mix: Mix
+) -> tuple[list[Combo], IntArray]:
+    """`draw_combo` for many samples: the combinations of the mix, and which of them each sample has."""
     combos = [combo for combo in MODALITIES if mix.get(combo, 0.0) > 0]
     assert combos, "a mix has at least one combination"
+    if len(combos) == 1:
+        return combos, np.zeros(len(sample_ids), np.int64)
     edges = np.cumsum([mix[combo] for combo in combos])
-    uniform = stable_hash("combo", seed, stage, epoch, sample_id) / 2**64
-    return combos[min(int(np.searchsorted(edges, uniform * edges[-1], side="right")), len(combos) - 1)]
+    uniform = _stable_hashes(("combo", seed, stage, epoch), sample_ids) / 2**64
+    drawn = np.searchsorted(edges, uniform * edges[-1], side="right")
+    return combos, np.minimum(drawn, len(combos) - 1).astype(np.int64)
+
+
+def _stable_hashes(parts: tuple[int | str, ...], last: Sequence[str]) -> npt.NDArray[np.uint64]:
+    """`stable_hash(*parts, text)` for each of the texts; what they share is hashed once."""
+    shared = hashlib.blake2b(json.dumps(parts).removesuffix("]").encode() + b", ", digest_size=8)
+    digests = bytearray()
+    for text in last:
+        digest = shared.copy()
+        digest.update(json.dumps(text).encode() + b"]")
+        digests += digest.digest()
+    return np.frombuffer(digests, dtype="<u8")
 
 
 def draw_view(seed: int, stage: int, epoch: int, sample_id: str, num_views: int) -> int:
@@ -113,4 +138,4 @@ def draw_points(
     key = stable_hash("points", seed, stage, epoch, sample_id)
     if num_points < num_available:
         return _smallest(_random_keys(num_available, key), num_points)
-    return np.resize(_permutation(num_available, key), num_points)
+    return np.resize(permutation(num_available, key), num_points)
