@@ -78,7 +78,9 @@ class OptimConfig:
     """How the weights move."""
 
     batch_size: int = 2
-    """Samples per micro-batch and rank."""
+    """Samples per micro-batch and rank; not used with --pack_tokens."""
+    pack_tokens: int = 0
+    """Pack samples into micro-batches of so many tokens (0: pad them); 4 x --max_seq_length packs well."""
     gradient_accumulation_steps: int = 4
     """Micro-batches per rank and optimiser step."""
     warmup_steps: int = 100
@@ -91,6 +93,11 @@ class OptimConfig:
     """Clip the gradient norm of the groups that train to this (0: no clipping)."""
     projector_lr_multiplier: float = 5.0
     """Learning rate of the projectors relative to the stage's."""
+
+    @property
+    def rows(self) -> int:
+        """Of a micro-batch: a sample each, or one packed with samples."""
+        return 1 if self.pack_tokens else self.batch_size
 
 
 @dataclass(frozen=True, kw_only=True)

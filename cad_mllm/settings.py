@@ -57,6 +57,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "max_skipped_fraction": (0, 1),
     "num_workers": (0, _ANY),
     "batch_size": (1, _ANY),
+    "pack_tokens": (0, _ANY),
     "gradient_accumulation_steps": (1, _ANY),
     "warmup_steps": (0, _ANY),
     "weight_decay": (0, 1),
@@ -272,6 +273,12 @@ def _check(config: TrainConfig) -> None:
     if data.target_format == "json" and data.augment_prefix + data.augment_removal > 0:
         raise ConfigError(
             "--augment_prefix and --augment_removal are for command text: leave out --target_format json"
+        )
+    pack_tokens, longest = config.optim.pack_tokens, config.data.max_seq_length
+    if 0 < pack_tokens < longest:
+        raise ConfigError(
+            f"--pack_tokens {pack_tokens} has no room for a sample of --max_seq_length {longest}: "
+            f"raise it ({4 * longest} or more packs well), or leave it out"
         )
     run = config.run
     if run.deepspeed and run.deepspeed_config is None:

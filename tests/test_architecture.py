@@ -29,8 +29,8 @@ ALLOWED: dict[str, set[str]] = {
     "cluster": _BASE,
     "launch": _BASE,
     "demo": _BASE | {"cad", "data", "artifacts", "inputs", "generate", "report", "cli"},
-    "cli": _BASE | {"cad", "data", "model", "train", "generate", "report", "settings", "cluster"},
-    | {"cad", "data", "train", "inputs", "generate", "report", "settings", "cluster", "evaluate"},
+    "cli": _BASE
+    | {"cad", "data", "model", "train", "inputs", "generate", "evaluate", "report", "settings", "cluster"},
     "train_curriculum": {"cli"},
 }
 

@@ -135,6 +135,7 @@ def test_scientific_notation_that_yaml_reads_as_text_becomes_a_number(tmp_path: 
         ("- batch_size", "expected lines of `flag_name: value`"),
         ("batch_size: [", "not valid YAML"),
         ("batch_size: -3", "--batch_size must be at least 1, got -3"),
+        ("pack_tokens: 1024", "--pack_tokens 1024 has no room for a sample of --max_seq_length 2048"),
     ],
 )
 def test_bad_yaml_is_one_line_that_names_file_and_key(text: str, expected: str, tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_bad_yaml_is_one_line_that_names_file_and_key(text: str, expected: str, 
     message = str(caught.value)
     assert expected in message
     assert "\n" not in message
-    assert str(file) in message or message.startswith("--batch_size")
+    assert str(file) in message or message.startswith(("--batch_size", "--pack_tokens"))
 
 
 def test_a_file_of_no_settings_is_the_defaults(tmp_path: Path) -> None:

@@ -292,23 +292,44 @@ def eval_batches(
     rank: int,
     world_size: int,
     num_workers: int,
+    pack_tokens: int = 0,
 ) -> Iterator[Loaded]:
     """One pass over a validation split with one modality combination; the same batches in every call.
 
-    The samples are those of `eval_samples`.
+    The samples are those of `eval_samples`, in batches of `batch_size` or packs of `pack_tokens`.
     Micro-batch j goes to rank j % world_size. Where they do not come out even, the last ranks get a repeated
     one with all labels ignored: every rank computes the same number of micro-batches.
     """
     chosen = eval_samples(len(index))
-    starts = range(0, len(chosen), batch_size)
+    if pack_tokens:
+        groups = _in_packs(chosen, index, spec, combo, pack_tokens)
+    else:
+        groups = [list(chosen[start : start + batch_size]) for start in range(0, len(chosen), batch_size)]
     own: list[list[Item]] = []
-    for first in range(0, len(starts), world_size):
+    for first in range(0, len(groups), world_size):
         number = first + rank
-        start = starts[min(number, len(starts) - 1)]
-        numbers = chosen[start : start + batch_size]
-        own.append([Item(n, 0, combo, supervised=number < len(starts)) for n in numbers])
-    batches = _MicroBatches(BatchBuilder(index, tokenizer, spec, seed, EVAL_STAGE, SECONDS_PER_SAMPLE), own)
+        numbers = groups[min(number, len(groups) - 1)]
+        own.append([Item(n, 0, combo, supervised=number < len(groups)) for n in numbers])
+    builder = BatchBuilder(index, tokenizer, spec, seed, EVAL_STAGE, SECONDS_PER_SAMPLE, pack_tokens)
+    batches = _MicroBatches(builder, own)
     return _prefetched(batches, num_workers, pin_memory=False)
+
+
+def _in_packs(
+    numbers: range, index: Index, spec: SequenceSpec, combo: Combo, pack_tokens: int
+) -> list[list[int]]:
+    """The samples in their order, as many as fit in each pack."""
+    groups: list[list[int]] = []
+    room = 0
+    for number in numbers:
+        text = int(index.num_prompt_tokens[number] + index.num_target_tokens[number])
+        length = text + spec.modality_tokens(MODALITIES[combo])
+        if length > room:
+            groups.append([])
+            room = pack_tokens
+        groups[-1].append(number)
+        room -= length
+    return groups
 
 
 def _prefetched(batches: _MicroBatches, num_workers: int, pin_memory: bool) -> Iterator[Loaded]:
@@ -325,7 +346,7 @@ def _prefetched(batches: _MicroBatches, num_workers: int, pin_memory: bool) -> I
             for loaded in _iterate(batches, range(position, len(batches)), num_workers, pin_memory):
                 yield loaded
                 position += 1
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             if not _is_death_of_a_worker(error):
                 raise
             if died_at == position:
@@ -338,7 +359,7 @@ def _alone(batches: _MicroBatches, position: int, pin_memory: bool) -> Loaded:
     """A micro-batch made by a worker of its own; without its samples if that dies."""
     try:
         return next(_iterate(batches, range(position, position + 1), 1, pin_memory))
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         if not _is_death_of_a_worker(error):
             raise
         return batches.without_samples(position, f"a loader process died of it: {error}")
@@ -370,6 +391,10 @@ def _keep_memory(worker: int) -> None:
     np.empty(_LARGEST_BLOCK, np.uint8)
 
 
-def _is_death_of_a_worker(error: RuntimeError) -> bool:
-    """torch has no type for it: `DataLoader worker (pid(s) ...) exited unexpectedly`."""
-    return str(error).startswith("DataLoader worker (pid")
+def _is_death_of_a_worker(error: Exception) -> bool:
+    """torch has no type for it: `DataLoader worker (pid(s) ...) exited unexpectedly`.
+
+    A worker that dies after it has announced a batch, before the tensors are fetched from it, is missed by
+    the connection over which they come.
+    """
+    return not isinstance(error, RuntimeError) or str(error).startswith("DataLoader worker (pid")

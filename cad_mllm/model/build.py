@@ -1,7 +1,6 @@
 """From a `ModelConfig` to networks that are ready to train: the only module here that needs deepspeed."""
 
 import importlib.util
-import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from transformers.utils import is_flash_attn_2_available
 from cad_mllm.config import ModelConfig
 from cad_mllm.errors import ConfigError
 from cad_mllm.model import presets
+from cad_mllm.model.attention import BY_SAMPLE
 from cad_mllm.model.encoders import (
     SYNTHETIC,
     EncoderNames,
@@ -39,6 +39,8 @@ from cad_mllm.model.projectors import build_projector
 from cad_mllm.model.seeding import digest, private_rng
 
 ADAPTER_NAME = "default"
+_LOGIT_SCALINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Where configurations of transformers say that logits are more than what the head gives."""
 _LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
 """What transformers raises for files that are missing, incomplete or of another kind."""
 
@@ -106,6 +108,7 @@ def build_model(
     zero3_config: dict[str, object] | None = None,
     allow_random_encoders: bool = False,
     source: LmSource | None = None,
+    packed: bool = False,
 ) -> Built:
     """Build everything that the whole curriculum will use, in `config.dtype`, on `device`.
 
@@ -118,14 +121,15 @@ def build_model(
             group must exist.
         allow_random_encoders: use random encoders where `config` names none.
         source: folders to use in place of `config.llm_model_name`.
+        packed: all batches will be packed, none padded.
 
     The global random state is left as it was. ConfigError: something cannot be had, with its remedy.
     """
-    check_attention(config, device)
+    check_attention(config, device, packed=packed)
     names = resolve_names(config, allow_random_encoders=allow_random_encoders)
     shard = zero3_config if config.llm_model_name != presets.TINY else None
     with private_rng(seed, device):
-        return _build(config, names, seed, device, shard, source)
+        return _build(config, names, seed, device, shard, source, packed)
 
 
 def _build(
@@ -135,14 +139,15 @@ def _build(
     device: torch.device,
     zero3_config: dict[str, object] | None,
     source: LmSource | None,
+    packed: bool,
 ) -> Built:
     dtype = torch_dtype(config)
     # Before ZeRO-3 is switched on: transformers would shard the image encoder too.
     encoders = build_encoders(names, dtype)
     tokenizer = load_tokenizer(config.llm_model_name if source is None else str(source.tokenizer))
     with _sharded_construction(zero3_config):
-        lm = _load_lm(config, dtype, device, source)
-        _check_lm(config, lm, tokenizer)
+        lm = _load_lm(config, dtype, device, source, packed)
+        _check_lm(config, lm, tokenizer, packed)
         random_digests = _random_digests(config, names, encoders, lm)
         trained_lm: nn.Module = _add_lora(lm, config, seed=seed) if config.use_lora else lm
     if config.use_gradient_checkpointing:
@@ -171,9 +176,11 @@ def _build(
     )
 
 
-def check_attention(config: ModelConfig, device: torch.device) -> None:
+def check_attention(config: ModelConfig, device: torch.device, *, packed: bool) -> None:
     """Refuse (ConfigError) an attention kernel that cannot run on the device or in the config's dtype."""
     if config.attn_implementation != "flash_attention_2":
+        if packed and device.type == "cuda" and config.dtype != "bfloat16":
+            raise ConfigError(f"--pack_tokens on a GPU needs --dtype bfloat16, not {config.dtype}")
         return
     remedy = "use --attn_implementation sdpa"
     if device.type != "cuda":
@@ -235,11 +242,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def _load_lm(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, source: LmSource | None
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, source: LmSource | None, packed: bool
 ) -> PreTrainedModel:
     exported = source.lm if source is not None else None
     name = config.llm_model_name if exported is None else str(exported)
-    attention = config.attn_implementation
+    # Of packed rows torch's attention would need a mask of T x T; the eager one builds it.
+    attention = BY_SAMPLE if packed and config.attn_implementation == "sdpa" else config.attn_implementation
     if name == presets.TINY:
         return presets.tiny_lm(dtype, attention)
     if name == presets.QWEN3_8B_RANDOM:
@@ -267,11 +275,24 @@ def _cannot_load(name: str, what: str, error: Exception) -> ConfigError:
     )
 
 
-def _check_lm(config: ModelConfig, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    if "logits_to_keep" not in inspect.signature(lm.forward).parameters:
+def _check_lm(
+    config: ModelConfig, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, packed: bool
+) -> None:
+    if not isinstance(lm.get_output_embeddings(), nn.Linear) or lm.base_model is lm:
         raise ConfigError(
-            f"--llm_model_name {config.llm_model_name}: {type(lm).__name__} is not a causal LM that can "
-            "compute logits for some positions only; use a decoder-only LM such as Qwen/Qwen3-8B"
+            f"--llm_model_name {config.llm_model_name}: {type(lm).__name__} is not a decoder with a linear "
+            "head; use a decoder-only LM such as Qwen/Qwen3-8B"
+        )
+    scaling = next((name for name in _LOGIT_SCALINGS if getattr(lm.config, name, None)), None)
+    if scaling is not None:
+        raise ConfigError(
+            f"--llm_model_name {config.llm_model_name}: its logits are scaled after the head ({scaling}), "
+            "which is not supported; use an LM such as Qwen/Qwen3-8B"
+        )
+    if packed and getattr(lm.config, "sliding_window", None) and config.attn_implementation == "sdpa":
+        raise ConfigError(
+            f"--llm_model_name {config.llm_model_name}: its attention has a sliding window: with "
+            "--pack_tokens use --attn_implementation flash_attention_2 or eager"
         )
     if len(tokenizer) > lm.config.vocab_size:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """The multimodal language model: projected features take the place of placeholder tokens.
 
-Shapes: B samples of T tokens, D hidden channels of the LM, V vocabulary, S positions whose logits are
-needed; N images and M clouds of K tokens each, with the D of their encoder.
+Shapes: B rows of T tokens, D hidden channels of the LM, S positions whose logits are needed; N images and M
+clouds of K tokens each, with the D of their encoder.
 """
 
 from collections.abc import Set
@@ -9,11 +9,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from cad_mllm.model.loss import LinearCrossEntropy
 from cad_mllm.model.projectors import Projector
-
-IGNORED_LABEL = -100
 
 ProjectorName = Literal["image_projector", "point_projector"]
 GroupName = Literal["lm", "point_projector", "image_projector"]
@@ -36,18 +34,21 @@ class MultimodalLM(nn.Module):
         self.lm = lm
         self.point_projector = point_projector
         self.image_projector = image_projector
+        # Behind `lm`: the head's weight, which both hold, goes by the name that it has there.
+        self.loss = LinearCrossEntropy(_bare(lm).get_output_embeddings())
 
     def forward(
         self,
         tokens_BT: Tensor,
         attention_mask_BT: Tensor,
         labels_BT: Tensor,
+        loss_rows: Tensor,
         image_features_NKD: Tensor,
         image_rows: Tensor,
         point_features_MKD: Tensor,
         point_rows: Tensor,
         trainable: Set[ProjectorName],
-        logit_positions_S: Tensor | None = None,
+        packed: tuple[Tensor, Tensor, int] | None = None,
     ) -> Tensor:
         """Sum the cross-entropy over the supervised tokens: an fp32 scalar.
 
@@ -55,32 +56,34 @@ class MultimodalLM(nn.Module):
             tokens_BT: int64; any valid id at modality placeholders and at padding.
             attention_mask_BT: 1 at tokens and placeholders, 0 at padding.
             labels_BT: int64, unshifted; IGNORED_LABEL where a token is not supervised.
+            loss_rows: int64 (S,), S >= 1: the positions whose next label counts, as flat indices into B * T.
             image_features_NKD: of the frozen encoder; N may be 0.
             image_rows: int64 (N * K,): where the image tokens stand, as flat indices into B * T.
             point_features_MKD: of the frozen encoder; M may be 0.
             point_rows: int64 (M * K,), likewise.
             trainable: the projectors that train in this stage; the others run without gradient.
-            logit_positions_S: what `logit_positions(labels_BT)` gives. Computed here if left out, which
-                makes the host wait for the device.
+            packed: where samples share one row: their position ids (1, T), their borders (int32, from 0 to
+                T) and the length of the longest. The LM must have been built for it.
         """
         embeds_BTD = self.embed(
             tokens_BT, image_features_NKD, image_rows, point_features_MKD, point_rows, trainable
         )
-        if logit_positions_S is None:
-            logit_positions_S = logit_positions(labels_BT)
-        logits_BSV = self.lm(
-            inputs_embeds=embeds_BTD,
-            attention_mask=attention_mask_BT,
-            use_cache=False,
-            logits_to_keep=logit_positions_S,
-        ).logits
-        targets_BS = labels_BT[:, logit_positions_S + 1]
-        return functional.cross_entropy(
-            logits_BSV.flatten(0, 1).float(),
-            targets_BS.flatten(),
-            ignore_index=IGNORED_LABEL,
-            reduction="sum",
-        )
+        inputs: dict[str, Any] = {"attention_mask": attention_mask_BT}
+        if packed is not None:
+            position_ids_1T, borders, longest = packed
+            inputs = {
+                "attention_mask": None,
+                "position_ids": position_ids_1T,
+                "cu_seq_lens_q": borders,
+                "cu_seq_lens_k": borders,
+                "max_length_q": longest,
+                "max_length_k": longest,
+            }
+        # The decoder alone: of most positions no logits are needed.
+        hidden_BTD = _bare(self.lm).base_model(inputs_embeds=embeds_BTD, use_cache=False, **inputs)[0]
+        hidden_SD = hidden_BTD.flatten(0, 1).index_select(0, loss_rows)
+        loss: Tensor = self.loss(hidden_SD, labels_BT.flatten().index_select(0, loss_rows + 1))
+        return loss
 
     def embed(
         self,
@@ -123,15 +126,9 @@ class MultimodalLM(nn.Module):
         return embeds_RD.view_as(embeds_BTD)
 
 
-def logit_positions(labels_BT: Tensor) -> Tensor:
-    """Say which positions t predict a supervised token in any row: int64 (S,), rising, S >= 1, t < T - 1.
-
-    Call it on the CPU, before the batch goes to the device.
-    """
-    predicts_T = (labels_BT[:, 1:] != IGNORED_LABEL).any(dim=0)
-    positions_S = predicts_T.nonzero().squeeze(1)
-    # One position always: its targets are ignored, and the LM head still runs on every rank.
-    return positions_S if len(positions_S) else positions_S.new_zeros(1)
+def _bare(lm: Any) -> Any:
+    """The causal LM inside of what `peft` wraps around it (its adapters are inside of the LM's layers)."""
+    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
 
 
 def parameter_groups(model: MultimodalLM) -> dict[GroupName, list[tuple[str, nn.Parameter]]]:

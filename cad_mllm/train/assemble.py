@@ -34,6 +34,7 @@ def build_networks(config: TrainConfig, zero: ZeroConfig | None, world: World) -
         device=world.device,
         zero3_config=zero.for_sharded_construction if zero is not None else None,
         allow_random_encoders=config.data.create_dummy_data,
+        packed=config.optim.pack_tokens > 0,
     )
 
 

@@ -12,6 +12,8 @@ from cad_mllm.train.zero import ZeroConfig
 
 _STATE_BYTES = 12
 """fp32 master weight and two Adam moments, for each trainable parameter."""
+_MODALITY_TOKENS = 513
+"""Of a picture and a cloud, with the encoders that a run uses if it names none."""
 _PREFETCHED = 2
 """Batches that torch's loader keeps ready for each worker."""
 
@@ -69,7 +71,10 @@ def demand_of(config: TrainConfig, zero: ZeroConfig | None, world: World) -> Dem
     """What the configuration asks of the machines. ConfigError: there is no such LM."""
     counts = parameter_counts(config.model)
     picture, cloud = 3 * IMAGE_SIZE**2 * 4, PointEncoderConfig().num_points * 6 * 4
-    sample = picture + cloud + 3 * config.data.max_seq_length * 8
+    longest, pack = config.data.max_seq_length, config.optim.pack_tokens
+    # In a pack there is a cloud and a picture for every 513 tokens that they take, at most.
+    files = pack // _MODALITY_TOKENS if pack else config.optim.batch_size
+    batch = files * (picture + cloud) + 3 * (pack or config.optim.batch_size * longest) * 8
     return Demand(
         output_dir=config.run.output_dir,
         may_use_cpu=config.run.device == "cpu",
@@ -81,6 +86,6 @@ def demand_of(config: TrainConfig, zero: ZeroConfig | None, world: World) -> Dem
         parameters=counts.total,
         trainable=counts.trainable,
         weight_bytes=2 if config.model.dtype == "bfloat16" else 4,
-        loader_bytes=sample * config.optim.batch_size * config.data.num_workers * _PREFETCHED,
+        loader_bytes=batch * config.data.num_workers * _PREFETCHED,
         checkpoints_kept=config.run.keep_last_n_checkpoints,
     )

@@ -53,7 +53,7 @@ def examine(config: TrainConfig, json_file: Path | None) -> ExitCode:
         if ranks.is_main:
             report.add(checked.findings, checked.ranks)
         if not checked.refusals:
-            check_attention(config.model, ranks.device)
+            check_attention(config.model, ranks.device, packed=config.optim.pack_tokens > 0)
             if ranks.device.type == "cuda":
                 measured = _measure(config, zero, ranks)
                 if ranks.is_main:
@@ -91,9 +91,9 @@ def _measure(config: TrainConfig, zero: ZeroConfig | None, world: World) -> list
         )
     with tempfile.TemporaryDirectory() as log_dir:
         engine = build_engine(config, built, zero, world, log_dir=Path(log_dir))
-        batch = (
-            f"{config.optim.batch_size} x {spec.max_seq_length} tokens with {', '.join(sorted(modalities))}"
-        )
+        optim = config.optim
+        size = optim.pack_tokens or f"{optim.batch_size} x {spec.max_seq_length}"
+        batch = f"{size} tokens with {', '.join(sorted(modalities))}"
         try:
             peak = rehearse_largest(
                 engine,

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from cad_mllm.config import OptimConfig
-from cad_mllm.data.collate import Batch, Sample, collate
+from cad_mllm.data.collate import Batch, Sample, collate, pack
 from cad_mllm.data.sequence import MODALITIES, Modality, SequenceSpec
 from cad_mllm.model.encoders import FrozenEncoders
-from cad_mllm.model.multimodal import logit_positions
 from cad_mllm.train.engine import Engine
 from cad_mllm.train.stages import IMAGE_PROJECTOR, POINT_PROJECTOR
 
@@ -27,31 +26,34 @@ def micro_batch_loss(
     trainable: frozenset[str],
 ) -> Tensor:
     """Summed loss of a micro-batch: frozen encoders first, then the engine's module."""
-    positions = logit_positions(cpu_batch.labels_BT).to(device)
     batch = cpu_batch.to(device)
     loss: Tensor = module(
         batch.tokens_BT,
         batch.attention_mask_BT,
         batch.labels_BT,
+        batch.loss_rows,
         encoders.encode_images(batch.images_NCHW),
         batch.image_rows,
         encoders.encode_points(batch.points_MPC),
         batch.point_rows,
         trainable=trainable,
-        logit_positions_S=positions,
+        packed=batch.packed,
     )
     return loss
 
 
 def largest_batch(
     spec: SequenceSpec,
+    optim: OptimConfig,
     *,
-    batch_size: int,
     modalities: frozenset[Modality],
     prompt_tokens: int,
     text_tokens: int,
 ) -> Batch:
-    """All samples with these modalities and `text_tokens` of text, supervised after `prompt_tokens`."""
+    """Samples with these modalities and `text_tokens` of text, supervised after `prompt_tokens`.
+
+    As many as a micro-batch has, or as fit a pack.
+    """
     combo = next(combo for combo, fed in MODALITIES.items() if fed == modalities)
     sample = Sample(
         id="rehearsal",
@@ -64,7 +66,10 @@ def largest_batch(
         else None,
         points_PC=np.zeros((spec.num_points, 6), np.float32) if "points" in modalities else None,
     )
-    return collate([sample] * batch_size, spec, pad_id=0)
+    if optim.pack_tokens:
+        count = optim.pack_tokens // (text_tokens + spec.modality_tokens(modalities))
+        return pack([sample] * count, spec, 0, optim.pack_tokens)
+    return collate([sample] * optim.batch_size, spec, pad_id=0)
 
 
 def rehearse_largest(
@@ -88,7 +93,7 @@ def rehearse_largest(
     """
     batch = largest_batch(
         spec,
-        batch_size=optim.batch_size,
+        optim,
         modalities=modalities,
         prompt_tokens=prompt_tokens,
         text_tokens=text_tokens,

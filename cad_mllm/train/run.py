@@ -14,8 +14,9 @@ from cad_mllm.data.collate import SequenceSpec
 from cad_mllm.data.dummy import write_dummy_data
 from cad_mllm.data.index import Index, IndexReport, build_index, load_index
 from cad_mllm.data.layout import Source, Split
-from cad_mllm.data.loader import eval_samples
+from cad_mllm.data.loader import eval_samples, pack_stage
 from cad_mllm.data.order import num_steps
+from cad_mllm.data.packing import PackPlan
 from cad_mllm.data.sequence import needed_modalities
 from cad_mllm.data.stores import LooseFiles, Store, find_store
 from cad_mllm.errors import CheckpointError
@@ -54,6 +55,8 @@ class Run:
     tracker: Tracker
     writer: CheckpointWriter
     lost_samples: LostSamples
+    packs: Mapping[int, PackPlan]
+    """The packs of each stage, by its number; empty if batches are padded."""
     start: Position | None
     """Where the loaded checkpoint stands; None at a fresh start."""
     resumed_from: Path | None
@@ -63,14 +66,11 @@ class Run:
         """The newest complete one: of this process, or the one that it began with."""
         return self.writer.newest or self.resumed_from
 
-    @property
-    def global_batch(self) -> int:
-        """Samples of one optimiser step, over all micro-batches and ranks."""
-        return _global_batch(self.config, self.world)
-
     def total_steps(self, stage: Stage) -> int:
         """Optimiser steps of a stage."""
-        return num_steps(len(self.index), stage.epochs, self.global_batch)
+        if stage.number in self.packs:
+            return self.packs[stage.number].num_steps
+        return num_steps(len(self.index), stage.epochs, _global_batch(self.config, self.world))
 
 
 def prepare_run(config: TrainConfig, world: World) -> Run:
@@ -141,6 +141,7 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
             max_fraction=config.data.max_skipped_fraction,
             say=tracker.say,
         ),
+        packs=_pack(config, world, spec, indices[0], stages),
         start=state.position if state is not None else None,
         resumed_from=resume,
     )
@@ -152,7 +153,8 @@ def _describe_world(world: World) -> str:
 
 
 def _global_batch(config: TrainConfig, world: World) -> int:
-    return config.optim.batch_size * config.optim.gradient_accumulation_steps * world.size
+    """Rows of one optimiser step, over all micro-batches and ranks."""
+    return config.optim.rows * config.optim.gradient_accumulation_steps * world.size
 
 
 def _find_checkpoint(config: TrainConfig, world: World) -> Path | None:
@@ -269,6 +271,30 @@ def augmentation(config: TrainConfig) -> Augmentation:
     return Augmentation(prefix=config.data.augment_prefix, removal=config.data.augment_removal)
 
 
+def _pack(
+    config: TrainConfig, world: World, spec: SequenceSpec, index: Index, stages: tuple[Stage, ...]
+) -> dict[int, PackPlan]:
+    """Rank 0 plans for all."""
+    if not config.optim.pack_tokens:
+        return {}
+    return world.from_main(
+        lambda: {
+            stage.number: pack_stage(
+                index,
+                spec,
+                seed=config.run.seed,
+                stage=stage.number,
+                mix=stage.mix,
+                epochs=stage.epochs,
+                pack_tokens=config.optim.pack_tokens,
+                packs_per_step=config.optim.gradient_accumulation_steps * world.size,
+                augmentation=augmentation(config),
+            )
+            for stage in stages
+        }
+    )
+
+
 def _identity(config: TrainConfig, global_batch: int, fingerprint: str) -> dict[str, object]:
     """What a resumed run must share with the run that wrote the checkpoint, to go on where it stopped."""
     model, data = config.model, config.data
@@ -286,6 +312,7 @@ def _identity(config: TrainConfig, global_batch: int, fingerprint: str) -> dict[
         "--augment_prefix": data.augment_prefix or None,
         "--augment_removal": data.augment_removal or None,
         "--seed": config.run.seed,
+        "--pack_tokens": config.optim.pack_tokens or None,
         "global batch (--batch_size x --gradient_accumulation_steps x ranks)": global_batch,
         "training data (fingerprint)": fingerprint,
     }

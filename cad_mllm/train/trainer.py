@@ -151,6 +151,8 @@ def _loader(run: Run, stage: Stage, *, start_step: int) -> StepLoader:
         num_steps=run.total_steps(stage),
         augmentation=augmentation(run.config),
         pin_memory=run.world.device.type == "cuda",
+        packs=run.packs.get(stage.number),
+        pack_tokens=run.config.optim.pack_tokens,
     )
 
 
@@ -227,6 +229,7 @@ def _validate(run: Run, stage: Stage, at: Position, watchdog: Watchdog, stop: St
             rank=run.world.rank,
             world_size=run.world.size,
             num_workers=run.config.data.num_workers,
+            pack_tokens=run.config.optim.pack_tokens,
         )
         for loaded in batches:
             run.lost_samples.note(loaded.lost, "val")

@@ -90,14 +90,15 @@ def resolve(raw: JsonDict, config: TrainConfig, *, world_size: int, shape: Model
     """
     ds: JsonDict = json.loads(json.dumps(raw))
     optim = config.optim
-    micro, accumulation = optim.batch_size, optim.gradient_accumulation_steps
-    _settle(ds, "train_micro_batch_size_per_gpu", micro, "--batch_size")
+    micro, accumulation = optim.rows, optim.gradient_accumulation_steps
+    flag = "--pack_tokens (one row)" if optim.pack_tokens else "--batch_size"
+    _settle(ds, "train_micro_batch_size_per_gpu", micro, flag)
     _settle(ds, "gradient_accumulation_steps", accumulation, "--gradient_accumulation_steps")
     _settle(
         ds,
         "train_batch_size",
         micro * accumulation * world_size,
-        f"--batch_size x --gradient_accumulation_steps x {world_size} ranks",
+        f"{flag} x --gradient_accumulation_steps x {world_size} ranks",
     )
     _settle(ds, "gradient_clipping", optim.max_grad_norm, "--max_grad_norm")
     _settle(_section(ds, "bf16"), "enabled", config.model.dtype == "bfloat16", "--dtype", parent="bf16.")

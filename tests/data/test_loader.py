@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,14 @@ from cad_mllm.data.batches import Loaded
 from cad_mllm.data.collate import Batch
 from cad_mllm.data.files import load_points
 from cad_mllm.data.index import Index, IndexReport, load_index
-from cad_mllm.data.loader import MAX_EVAL_SAMPLES, Step, StepLoader, eval_batches, eval_samples
+from cad_mllm.data.loader import (
+    MAX_EVAL_SAMPLES,
+    Step,
+    StepLoader,
+    eval_batches,
+    eval_samples,
+    pack_stage,
+)
 from cad_mllm.data.sequence import Mix, TextTokenizer
 
 from .conftest import SPEC, Folder
@@ -46,8 +54,12 @@ def loader(index: Index, tokenizer: TextTokenizer) -> Callable[..., StepLoader]:
 def same(one: Batch, other: Batch) -> bool:
     return all(
         torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-        for a, b in zip(vars(one).values(), vars(other).values(), strict=True)
+        for a, b in zip(parts(one), parts(other), strict=True)
     )
+
+
+def parts(batch: Batch) -> list[object]:
+    return [value for name, value in vars(batch).items() if name != "packed"] + list(batch.packed or ())
 
 
 def flat(steps: list[Step]) -> list[Batch]:
@@ -210,3 +222,83 @@ def test_validation_gives_every_rank_the_same_number_of_batches(
     assert all((batch.labels_BT == -100).all() for batch in every if batch not in learned)
     assert {combo for batch in every for combo in batch.combos} == {"text+image"}
     assert all(same(a, b) for a, b in zip(ranks[0], batches(0), strict=True))
+
+
+PACK_TOKENS = 900
+"""Of a pack of the packed loaders: three samples of the index or so."""
+
+
+@pytest.fixture
+def packed(index: Index, loader: Callable[..., StepLoader]) -> Callable[..., StepLoader]:
+    """A loader of the same four packs a step, whatever the ranks."""
+    packs = pack_stage(
+        index, SPEC, seed=3, stage=3, mix=MIX, epochs=3, pack_tokens=PACK_TOKENS, packs_per_step=4
+    )
+
+    def make(*, world_size: int = 1, **changes: Any) -> StepLoader:
+        shape = {"world_size": world_size, "accumulation": 4 // world_size, "num_steps": packs.num_steps}
+        return loader(packs=packs, pack_tokens=PACK_TOKENS, **(shape | changes))
+
+    return make
+
+
+def test_any_number_of_ranks_computes_the_same_packs_from_any_start(
+    packed: Callable[..., StepLoader],
+) -> None:
+    alone = list(packed())
+    assert len(alone) > 1
+    for world_size, start in ((2, 0), (4, 1)):
+        ranks = [list(packed(world_size=world_size, rank=r, start_step=start)) for r in range(world_size)]
+        for number, step in enumerate(alone[start:]):
+            together = [
+                ranks[r][number].micro_batches[a] for a in range(4 // world_size) for r in range(world_size)
+            ]
+            assert all(same(a, b) for a, b in zip(step.micro_batches, together, strict=True))
+            assert {(s[number].tokens, s[number].supervised_tokens, s[number].epoch) for s in ranks} == {
+                (step.tokens, step.supervised_tokens, step.epoch)
+            }
+
+
+def test_packs_hold_every_sample_of_every_epoch(packed: Callable[..., StepLoader], index: Index) -> None:
+    steps = list(packed())
+    counts = Counter(i for batch in flat(steps) for i in batch.sample_ids)
+    assert set(counts) == set(index.ids) and min(counts.values()) >= 3
+    assert all(batch.tokens_BT.shape == (1, PACK_TOKENS) for batch in flat(steps))
+    assert steps[-1].epoch >= 3 > steps[-2].epoch - 1e-9
+    for step in steps:
+        assert step.tokens == sum(int(batch.attention_mask_BT.sum()) for batch in step.micro_batches)
+        assert step.supervised_tokens == sum(batch.num_supervised for batch in step.micro_batches)
+
+
+def test_packs_are_made_by_workers_too(packed: Callable[..., StepLoader]) -> None:
+    for here, there in zip(flat(list(packed())), flat(list(packed(num_workers=2))), strict=True):
+        assert same(here, there)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_validation_in_packs_takes_every_sample_once(
+    world_size: int, index: Index, tokenizer: TextTokenizer
+) -> None:
+    ranks = [
+        [
+            loaded.batch
+            for loaded in eval_batches(
+                index,
+                tokenizer,
+                SPEC,
+                combo="text+points",
+                seed=1,
+                batch_size=2,
+                rank=rank,
+                world_size=world_size,
+                num_workers=0,
+                pack_tokens=PACK_TOKENS,
+            )
+        ]
+        for rank in range(world_size)
+    ]
+    assert len({len(rank) for rank in ranks}) == 1
+    learned = [batch for rank in ranks for batch in rank if batch.num_supervised]
+    assert sorted(i for batch in learned for i in batch.sample_ids) == sorted(index.ids)
+    assert {batch.tokens_BT.shape for rank in ranks for batch in rank} == {(1, PACK_TOKENS)}
+    assert max(len(batch.sample_ids) for batch in learned) > 1

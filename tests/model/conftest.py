@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cad_mllm.config import ModelConfig
 from cad_mllm.model.build import Built, build_model
-from cad_mllm.model.multimodal import IGNORED_LABEL
+from cad_mllm.model.loss import IGNORED_LABEL
 
 CPU = torch.device("cpu")
 PROJECTORS = frozenset({"point_projector", "image_projector"})
@@ -69,10 +69,13 @@ def loss_of(built: Built, cases: Sequence[Case], trainable: frozenset[str] = PRO
     point_rows = [b * longest + t for b, (start, end, _) in enumerate(spans) for t in range(start, end)]
     images = [case.image for case in cases if case.image is not None]
     clouds = [case.points for case in cases if case.points is not None]
+    flat = torch.tensor([row + [IGNORED_LABEL] * (longest - len(row)) for row in labels]).flatten()
+    loss_rows = (flat[1:] != IGNORED_LABEL).nonzero().squeeze(1)
     return built.model(
         torch.tensor([row + [256] * (longest - len(row)) for row in rows]),
         torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
-        torch.tensor([row + [IGNORED_LABEL] * (longest - len(row)) for row in labels]),
+        flat.view(len(rows), longest),
+        loss_rows if len(loss_rows) else torch.zeros(1, dtype=torch.long),
         built.encoders.encode_images(torch.stack(images) if images else torch.zeros(0, 3, 56, 56)),
         torch.tensor(image_rows, dtype=torch.long),
         built.encoders.encode_points(torch.stack(clouds) if clouds else torch.zeros(0, 256, 6)),

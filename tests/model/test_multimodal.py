@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cad_mllm.model.build import Built, build_model
-from cad_mllm.model.multimodal import IGNORED_LABEL, logit_positions, parameter_groups
+from cad_mllm.model.multimodal import parameter_groups
 from tests.model.conftest import CPU, PROJECTORS, Case, loss_of, shake, tiny_config
 
 CASES = (
@@ -102,14 +102,6 @@ def test_bfloat16_is_close_to_float32() -> None:
     with torch.no_grad():
         torch.testing.assert_close(loss_of(rounded, CASES), loss_of(exact, CASES), atol=0, rtol=1e-2)
     assert {p.dtype for p in rounded.model.parameters()} == {torch.bfloat16}
-
-
-def test_logits_are_needed_where_any_row_predicts_a_supervised_token() -> None:
-    labels = torch.full((2, 8), IGNORED_LABEL)
-    labels[0, 5:7] = 1
-    labels[1, 2] = 1
-    assert logit_positions(labels).tolist() == [1, 4, 5]
-    assert logit_positions(torch.full((2, 8), IGNORED_LABEL)).tolist() == [0]
 
 
 def test_parameter_groups_hold_each_trainable_weight_once(built: Built) -> None:

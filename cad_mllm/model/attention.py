@@ -1,0 +1,57 @@
+"""Attention among the tokens of one sample only, where several samples stand in one row.
+
+Shapes: T tokens of the row, H query heads, G key-value heads (H a multiple of G), E channels of a head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+BY_SAMPLE = "by_sample"
+"""The name under which transformers knows it. It builds no mask for it."""
+
+
+def attention_by_sample(
+    module: nn.Module,
+    query_1HTE: Tensor,
+    key_1GTE: Tensor,
+    value_1GTE: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within [cu_seq_lens_q[d], cu_seq_lens_q[d + 1]) for each sample d: (1, T, H, E).
+
+    On CUDA torch's variable-length flash attention (bf16), elsewhere its attention sample by sample.
+    """
+    assert attention_mask is None and dropout == 0.0
+    queries_per_key = query_1HTE.shape[1] // key_1GTE.shape[1]
+    key_1HTE = key_1GTE.repeat_interleave(queries_per_key, dim=1)
+    value_1HTE = value_1GTE.repeat_interleave(queries_per_key, dim=1)
+    if query_1HTE.device.type == "cuda":
+        from torch.nn.attention.varlen import varlen_attn
+
+        query, key, value = (t[0].transpose(0, 1) for t in (query_1HTE, key_1HTE, value_1HTE))
+        borders, longest = cu_seq_lens_q, max_length_q
+        out_THE = varlen_attn(
+            query, key, value, borders, borders, longest, longest, scale=scaling, window_size=(-1, 0)
+        )
+        assert isinstance(out_THE, Tensor)
+        return out_THE[None], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    parts = [
+        nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling)
+        for q, k, v in zip(
+            *(t.split(lengths, dim=2) for t in (query_1HTE, key_1HTE, value_1HTE)), strict=True
+        )
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None
+
+
+AttentionInterface.register(BY_SAMPLE, attention_by_sample)
