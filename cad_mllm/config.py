@@ -33,6 +33,8 @@ class ModelConfig:
     """Attention kernel of the LM."""
     use_gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a quarter to a third slower."""
+    gpu_memory_gb: float = 0.0
+    """With gradient checkpointing: recompute only as many layers as so much memory asks for (0: all)."""
     dtype: DType = "bfloat16"
     """Precision of weights and activations (optimiser state and master weights are fp32)."""
 

@@ -50,6 +50,7 @@ _ANY = math.inf
 _BOUNDS: dict[str, tuple[float, float]] = {
     "lora_r": (1, _ANY),
     "lora_alpha": (1, _ANY),
+    "gpu_memory_gb": (0, 1e4),
     "num_dummy_samples": (1, _ANY),
     "max_seq_length": (1, _ANY),
     "augment_prefix": (0, 1),
@@ -279,6 +280,11 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(
             f"--pack_tokens {pack_tokens} has no room for a sample of --max_seq_length {longest}: "
             f"raise it ({4 * longest} or more packs well), or leave it out"
+        )
+    if config.model.gpu_memory_gb and not config.model.use_gradient_checkpointing:
+        raise ConfigError(
+            "--gpu_memory_gb says how much of the gradient checkpointing is needed: "
+            "add --use_gradient_checkpointing, or leave it out"
         )
     run = config.run
     if run.deepspeed and run.deepspeed_config is None:

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available
 
 from cad_mllm.config import ModelConfig
@@ -109,6 +110,7 @@ def build_model(
     allow_random_encoders: bool = False,
     source: LmSource | None = None,
     packed: bool = False,
+    recomputed_layers: int | None = None,
 ) -> Built:
     """Build everything that the whole curriculum will use, in `config.dtype`, on `device`.
 
@@ -122,6 +124,7 @@ def build_model(
         allow_random_encoders: use random encoders where `config` names none.
         source: folders to use in place of `config.llm_model_name`.
         packed: all batches will be packed, none padded.
+        recomputed_layers: of gradient checkpointing, evenly spread; None: all decoder layers.
 
     The global random state is left as it was. ConfigError: something cannot be had, with its remedy.
     """
@@ -129,7 +132,7 @@ def build_model(
     names = resolve_names(config, allow_random_encoders=allow_random_encoders)
     shard = zero3_config if config.llm_model_name != presets.TINY else None
     with private_rng(seed, device):
-        return _build(config, names, seed, device, shard, source, packed)
+        return _build(config, names, seed, device, shard, source, packed, recomputed_layers)
 
 
 def _build(
@@ -140,6 +143,7 @@ def _build(
     zero3_config: dict[str, object] | None,
     source: LmSource | None,
     packed: bool,
+    recomputed_layers: int | None,
 ) -> Built:
     dtype = torch_dtype(config)
     # Before ZeRO-3 is switched on: transformers would shard the image encoder too.
@@ -150,8 +154,10 @@ def _build(
         _check_lm(config, lm, tokenizer, packed)
         random_digests = _random_digests(config, names, encoders, lm)
         trained_lm: nn.Module = _add_lora(lm, config, seed=seed) if config.use_lora else lm
+    notes = [_describe_lm(config)]
     if config.use_gradient_checkpointing:
-        _checkpoint_activations(lm)
+        recomputed, layers = _checkpoint_activations(lm, recomputed_layers)
+        notes.append(f"gradient checkpointing: {recomputed} of {layers} layers are recomputed")
     hidden_size = int(lm.config.hidden_size)
     model = MultimodalLM(
         trained_lm,
@@ -163,7 +169,7 @@ def _build(
         encoders=encoders.to(device),
         encoder_names=names,
         tokenizer=tokenizer,
-        notes=(_describe_lm(config), *describe(config, names)),
+        notes=(*notes, *describe(config, names)),
         random_digests=random_digests,
         vocab_size=int(lm.config.vocab_size),
         hidden_size=hidden_size,
@@ -343,12 +349,22 @@ def _add_lora(lm: PreTrainedModel, config: ModelConfig, *, seed: int) -> nn.Modu
     return wrapped
 
 
-def _checkpoint_activations(lm: PreTrainedModel) -> None:
-    """Switch gradient checkpointing on; after LoRA, or peft makes the embeddings require gradients."""
+def _checkpoint_activations(lm: PreTrainedModel, wanted: int | None) -> tuple[int, int]:
+    """Switch gradient checkpointing on, for so many layers: (how many, of how many).
+
+    After LoRA, or peft makes the embeddings require gradients.
+    """
     with warnings.catch_warnings():
         # Newer versions of transformers call it activation checkpointing; this name is in all of them.
         warnings.simplefilter("ignore", FutureWarning)
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
+    recomputed = len(layers) if wanted is None else min(wanted, len(layers))
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = (number + 1) * recomputed // len(layers) > number * recomputed // len(
+            layers
+        )
+    return recomputed, len(layers)
 
 
 def _describe_lm(config: ModelConfig) -> str:

@@ -39,6 +39,54 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     return ParameterCounts(total=lm + projectors, trainable=lm + projectors)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayerSizes:
+    """What the decoder layers of the LM hold."""
+
+    num_layers: int
+    parameters: int
+    """Of one layer, with its adapters."""
+    head_parameters: int
+    """V D: of the head, and of the embeddings."""
+    input_bytes: int
+    """Per token: what is kept of a layer that is recomputed."""
+    activation_bytes: int
+    """Per token: what is kept of a layer that is not."""
+
+
+def layer_sizes(config: ModelConfig) -> LayerSizes:
+    """Sizes of a decoder with gated MLP and normed queries and keys (Qwen3), more than of Llama or Qwen2.
+
+    A layer keeps for its backward pass, in bytes per token of a bf16 run, with the letters of
+    `parameter_counts`, A = E H and K = E G (fp32 copies in the norms and repeated key-value heads
+    included; measured on a CPU, fused kernels keep less):
+
+        LoRA   12 D + 14 A + 4 K + 8 I + 14 r
+        full   16 D + 16 A + 6 K + 8 I
+
+    ConfigError: there is no such LM.
+    """
+    lm_config = read_lm_config(config.llm_model_name)
+    hidden, intermediate, attention, layers = _shape(lm_config)
+    heads = int(lm_config.num_attention_heads)
+    key_value_heads = int(getattr(lm_config, "num_key_value_heads", None) or heads)
+    keys = attention * key_value_heads // (heads + key_value_heads)
+    queries = attention - keys
+    if config.use_lora:
+        kept = 12 * hidden + 14 * queries + 4 * keys + 8 * intermediate + 14 * config.lora_r
+        adapters = _lora(lm_config, config.lora_r) // layers
+    else:
+        kept, adapters = 16 * hidden + 16 * queries + 6 * keys + 8 * intermediate, 0
+    width = 1 if config.dtype == "bfloat16" else 2
+    return LayerSizes(
+        num_layers=layers,
+        parameters=2 * hidden * attention + 3 * hidden * intermediate + 2 * hidden + adapters,
+        head_parameters=int(lm_config.vocab_size) * hidden,
+        input_bytes=2 * hidden * width,
+        activation_bytes=kept * width,
+    )
+
+
 def _lm(lm: PretrainedConfig) -> int:
     hidden, intermediate, attention, layers = _shape(lm)
     embeddings = int(lm.vocab_size) * hidden * (1 if getattr(lm, "tie_word_embeddings", False) else 2)

@@ -6,6 +6,7 @@ from cad_mllm.config import TrainConfig
 from cad_mllm.data.collate import SequenceSpec
 from cad_mllm.model.build import Built, build_model, lm_shape
 from cad_mllm.model.multimodal import parameter_groups
+from cad_mllm.train.demand import recomputed_layers
 from cad_mllm.train.distributed import World
 from cad_mllm.train.engine import Engine, PlainEngine, ZeroEngine
 from cad_mllm.train.zero import ModelShape, OptimizerSettings, ZeroConfig, read_deepspeed_json, resolve
@@ -35,6 +36,7 @@ def build_networks(config: TrainConfig, zero: ZeroConfig | None, world: World) -
         zero3_config=zero.for_sharded_construction if zero is not None else None,
         allow_random_encoders=config.data.create_dummy_data,
         packed=config.optim.pack_tokens > 0,
+        recomputed_layers=recomputed_layers(config, zero, world),
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from cad_mllm.config import TrainConfig
 from cad_mllm.model.image_encoder import IMAGE_SIZE
 from cad_mllm.model.point_encoder import PointEncoderConfig
-from cad_mllm.model.sizes import parameter_counts
+from cad_mllm.model.sizes import layer_sizes, parameter_counts
 from cad_mllm.train.distributed import World
 from cad_mllm.train.zero import ZeroConfig
 
@@ -14,6 +14,14 @@ _STATE_BYTES = 12
 """fp32 master weight and two Adam moments, for each trainable parameter."""
 _MODALITY_TOKENS = 513
 """Of a picture and a cloud, with the encoders that a run uses if it names none."""
+_GATHERED_LAYERS = 3
+"""Decoder layers that ZeRO-3 holds at a time: the current one and those that it prefetches."""
+_LOSS_BYTES = 5 * 2**28
+"""A chunk of fp32 logits, and its copies."""
+_CONTEXT_BYTES = 2 * 10**9
+"""CUDA context, NCCL's buffers, the frozen encoders."""
+_USABLE = 0.92
+"""The rest is lost between blocks of the allocator."""
 _PREFETCHED = 2
 """Batches that torch's loader keeps ready for each worker."""
 
@@ -65,6 +73,36 @@ class Demand:
         if self.zero_stage:
             state //= world_size
         return weights + state
+
+
+def recomputed_layers(config: TrainConfig, zero: ZeroConfig | None, world: World) -> int | None:
+    """Decoder layers to recompute so that a rank stays below --gpu_memory_gb, by estimate; None: all.
+
+    Counted are weights and optimiser state, gradients, what ZeRO-3 has gathered at a time, the chunk of
+    logits, the input of each recomputed layer, one layer that is being recomputed (with its gradients), and
+    all activations of the others.
+    """
+    if not config.model.gpu_memory_gb:
+        return None
+    demand, layer = demand_of(config, zero, world), layer_sizes(config.model)
+    tokens = config.optim.pack_tokens or config.optim.batch_size * config.data.max_seq_length
+    gradients = demand.trainable * (demand.weight_bytes if zero is not None else 4)
+    if demand.zero_stage >= 2:
+        gradients //= world.size
+    gathered = 0
+    if demand.zero_stage == 3:
+        gathered = (_GATHERED_LAYERS * layer.parameters + 2 * layer.head_parameters) * demand.weight_bytes
+    loss = _LOSS_BYTES + (0 if config.model.use_lora else 4 * layer.head_parameters)
+    least = (
+        demand.gpu_bytes(world.size)
+        + gradients
+        + gathered
+        + loss
+        + tokens * (layer.num_layers * layer.input_bytes + 2 * layer.activation_bytes)
+    )
+    room = config.model.gpu_memory_gb * 1e9 * _USABLE - _CONTEXT_BYTES - least
+    kept = int(max(0.0, room) // (tokens * (layer.activation_bytes - layer.input_bytes)))
+    return max(0, layer.num_layers - kept)
 
 
 def demand_of(config: TrainConfig, zero: ZeroConfig | None, world: World) -> Demand:

@@ -160,3 +160,15 @@ def test_flash_attention_without_a_gpu_or_without_the_package_names_the_remedy(
     monkeypatch.setattr(build, "is_flash_attn_2_available", lambda: False)
     with pytest.raises(ConfigError, match=r"--attn_implementation sdpa.*pip install \.\[gpu\]"):
         build_model(config, seed=3, device=torch.device("cuda"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "recomputed"),
+    [(None, [0, 1, 2, 3]), (0, []), (1, [3]), (2, [1, 3]), (3, [1, 2, 3]), (9, [0, 1, 2, 3])],
+)
+def test_recomputed_layers_are_spread_over_the_lm(wanted: int | None, recomputed: list[int]) -> None:
+    config = tiny_config(use_gradient_checkpointing=True)
+    built = build_model(config, seed=3, device=CPU, recomputed_layers=wanted)
+    layers = built.model.lm.get_base_model().model.layers
+    assert [n for n, layer in enumerate(layers) if layer.gradient_checkpointing] == recomputed
+    assert f"gradient checkpointing: {len(recomputed)} of 4 layers are recomputed" in built.notes
