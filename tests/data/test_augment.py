@@ -10,6 +10,7 @@ from cad_mllm.cad import codec, synth
 from cad_mllm.cad.normalise import normalise
 from cad_mllm.cad.program import CadProgram, Operation
 from cad_mllm.data.augment import (
+    WHOLE,
     Augmentation,
     Variant,
     draw_variant,
@@ -18,7 +19,7 @@ from cad_mllm.data.augment import (
 )
 from cad_mllm.data.collate import Batch
 from cad_mllm.data.index import Index, IndexReport, load_index
-from cad_mllm.data.loader import Step, StepLoader
+from cad_mllm.data.loader import Step, StepLoader, pack_stage
 from cad_mllm.data.sequence import TextTokenizer, build_prompt, inner_ids, prompt_ids, target_ids
 
 from .conftest import SPEC, Folder, shard
@@ -226,6 +227,32 @@ def test_the_counts_of_a_step_are_those_of_its_batches(loader: Callable[..., Ste
     whole = list(loader(augmentation=Augmentation()))
     augmented = list(loader())
     assert sum(step.tokens for step in augmented) < sum(step.tokens for step in whole)
+    for step in augmented:
+        assert step.supervised_tokens == sum(batch.num_supervised for batch in step.micro_batches)
+        assert step.tokens == sum(int(batch.attention_mask_BT.sum()) for batch in step.micro_batches)
+
+
+def test_packs_are_planned_for_the_parts_that_are_drawn(
+    index: Index, loader: Callable[..., StepLoader]
+) -> None:
+    def steps(augmentation: Augmentation) -> list[Step]:
+        packs = pack_stage(
+            index,
+            SPEC,
+            seed=3,
+            stage=1,
+            mix={"text": 0.5, "text+points": 0.5},
+            epochs=4,
+            pack_tokens=700,
+            packs_per_step=2,
+            augmentation=augmentation,
+        )
+        return list(
+            loader(packs=packs, pack_tokens=700, num_steps=packs.num_steps, augmentation=augmentation)
+        )
+
+    augmented, whole = steps(Augmentation(prefix=0.5, removal=0.5)), steps(WHOLE)
+    assert len(augmented) < len(whole)  # shorter samples, more of them in a pack
     for step in augmented:
         assert step.supervised_tokens == sum(batch.num_supervised for batch in step.micro_batches)
         assert step.tokens == sum(int(batch.attention_mask_BT.sum()) for batch in step.micro_batches)
