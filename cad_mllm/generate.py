@@ -36,7 +36,7 @@ from cad_mllm.data.sequence import (
     target_ids,
 )
 from cad_mllm.errors import CadError, CheckpointError, ConfigError, DataError
-from cad_mllm.inputs import Input, InputFiles
+from cad_mllm.inputs import Input, Unread
 from cad_mllm.model.export import MANIFEST, Exported, load_exported
 from cad_mllm.model.seeding import private_rng
 
@@ -388,7 +388,7 @@ class Generated:
     """The program had to end where it does."""
 
 
-def generate_file(checkpoint: Path, out: Path, given: InputFiles, settings: GenerateSettings) -> None:
+def generate_file(checkpoint: Path, out: Path, given: Unread, settings: GenerateSettings) -> None:
     """Generate one program and write it as `<out>/program.{txt,json,step,png}`.
 
     Errors as for `Generator.generate`; CadError as well: no solid came out (the .txt is there to look at).
@@ -403,7 +403,7 @@ def generate_file(checkpoint: Path, out: Path, given: InputFiles, settings: Gene
 
 
 def generate_folder(
-    checkpoint: Path, out: Path, inputs: Mapping[str, InputFiles], settings: GenerateSettings
+    checkpoint: Path, out: Path, inputs: Mapping[str, Unread], settings: GenerateSettings
 ) -> list[Generated]:
     """Generate a program for each input and write it as `<out>/<id>.{txt,json,step,png}`.
 

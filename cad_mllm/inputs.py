@@ -10,6 +10,8 @@ from PIL import Image
 from cad_mllm.data.check import read_candidates
 from cad_mllm.data.files import FloatArray, UnusableFileError, load_image, load_points
 from cad_mllm.data.layout import JSON_FOLDER, POINT_SUFFIXES, TEXT_FOLDER, Source, walk_files
+from cad_mllm.data.shards import ShardedSplit, is_sharded, read_manifest
+from cad_mllm.data.stores import Shards
 from cad_mllm.errors import DataError
 
 CAPTION_SUFFIX = ".txt"
@@ -47,16 +49,42 @@ class InputFiles:
         return Input(caption=self.caption, points_NC=points_NC, image=image, start=self.start)
 
 
-def read_folder(root: Path, modalities: Set[Given] = EVERYTHING) -> dict[str, InputFiles]:
+@dataclass(frozen=True, kw_only=True)
+class InputRow:
+    """An input from a row of a sharded data set, not read yet."""
+
+    caption: str
+    split: ShardedSplit
+    row: int
+    modalities: Set[Given]
+
+    def read(self) -> Input:
+        """Read points and first view; UnusableFileError: they cannot be."""
+        store, place = Shards(self.split), ("", self.row)
+        has_view = "image" in self.modalities and self.split.num_views(self.row) > 0
+        return Input(
+            caption=self.caption,
+            points_NC=store.points(*place) if "points" in self.modalities else None,
+            image=store.image(*place, 0) if has_view else None,
+        )
+
+
+Unread = InputFiles | InputRow
+
+
+def read_folder(root: Path, modalities: Set[Given] = EVERYTHING) -> Mapping[str, Unread]:
     """The inputs of a folder by name, sorted.
 
-    A data set in the Omni-CAD layout gives captions, clouds and first views by sample id. Any other folder
+    A data set gives captions, clouds and first views by sample id: one in the Omni-CAD layout all that it
+    holds, a sharded one its val split, or its train split if it has no other. Any other folder
     gives an input for each stem that it holds: NAME.txt is a caption, NAME.npz or .npy a cloud, NAME.png,
     .jpg or .webp a picture. What is not in `modalities` is left out.
     DataError: there is nothing.
     """
     if not root.is_dir():
         raise DataError(f"--folder {root} is not a folder")
+    if is_sharded(root):
+        return _of_shards(root, modalities)
     is_data_set = (root / TEXT_FOLDER).is_dir() and (root / JSON_FOLDER).is_dir()
     found = _of_data_set(Source.from_folder(root)) if is_data_set else _of_files(root)
     used = {
@@ -85,6 +113,17 @@ def _of_data_set(source: Source) -> Mapping[str, InputFiles]:
             image=next(iter(source.image_files(one.id)), None),
         )
         for one in candidates
+    }
+
+
+def _of_shards(root: Path, modalities: Set[Given]) -> Mapping[str, InputRow]:
+    manifest = read_manifest(root)
+    split = ShardedSplit(root, "val" if manifest.num_rows("val") else "train", manifest)
+    captions = split.column("caption") if "text" in modalities else [""] * len(split)
+    return {
+        sample_id: InputRow(caption=caption, split=split, row=row, modalities=modalities)
+        for row, (sample_id, caption) in enumerate(zip(split.ids, captions, strict=True))
+        if caption or modalities & {"points", "image"}
     }
 
 

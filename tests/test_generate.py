@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from cad_mllm.cad import codec, omnicad
 from cad_mllm.cad.program import CadProgram
 from cad_mllm.config import ModelConfig
 from cad_mllm.data.dummy import write_dummy_data
+from cad_mllm.data.layout import Split
+from cad_mllm.data.shards import Manifest, ModelRow, Shard, ShardWriter, write_manifest
 from cad_mllm.errors import CadError, CheckpointError, ConfigError, DataError
 from cad_mllm.generate import (
     GenerateSettings,
@@ -228,7 +231,9 @@ def test_a_folder_of_inputs_becomes_a_folder_of_programs(
     (twelve / "broken.npz").write_bytes(b"no points")
     (twelve / "long.txt").write_text("long " * 300)
     inputs = read_folder(twelve)
-    assert len(inputs) == 14 and inputs["all0"].points and inputs["all0"].image and inputs["all0"].caption
+    assert len(inputs) == 14
+    everything = inputs["all0"].read()
+    assert everything.caption == "A ring." and everything.points_NC is not None and everything.image
     out = tmp_path / "out"
     how = GenerateSettings(max_new_tokens=60, batch_size=5)
     results = generate_folder(checkpoint, out, inputs, how)
@@ -248,10 +253,45 @@ def test_a_folder_of_inputs_becomes_a_folder_of_programs(
 def test_a_data_set_is_a_folder_of_inputs_and_modalities_narrow_it(tmp_path: Path) -> None:
     write_dummy_data(tmp_path, num_samples=2, seed=1, workers=1)
     everything = read_folder(tmp_path)
-    assert all(one.caption and one.points and one.image for one in everything.values())
+    read = [one.read() for one in everything.values()]
+    assert all(one.caption and one.points_NC is not None and one.image for one in read)
     points = read_folder(tmp_path, {"points"})
     assert points.keys() == everything.keys()
-    assert all(not one.caption and one.points and not one.image for one in points.values())
+    read = [one.read() for one in points.values()]
+    assert all(not one.caption and one.points_NC is not None and not one.image for one in read)
+
+
+def test_a_sharded_data_set_is_a_folder_of_inputs(tmp_path: Path) -> None:
+    row = ModelRow(
+        id="0000/00000001_00001",
+        caption="a ring",
+        caption_source="given",
+        json="{}",
+        command_8=PLATE,
+        command_10=None,
+        points=_cloud(1).astype(np.float16),
+        views=(_png("red"), _png("blue")),
+        scale=1.0,
+        center=(0.0, 0.0, 0.0),
+        num_extrudes=1,
+        num_curves=4,
+    )
+    with ShardWriter(tmp_path, "val/00000.arrow", points=300) as writer:
+        writer.add(row)
+    splits: dict[Split, tuple[Shard, ...]] = {"train": (), "val": (writer.shard,)}
+    write_manifest(tmp_path, Manifest(settings={"points": 300, "views": 2}, splits=splits))
+    given = read_folder(tmp_path)[row.id].read()
+    assert given.caption == "a ring" and given.image is not None and given.points_NC is not None
+    assert given.image.getpixel((0, 0)) == (255, 0, 0)
+    assert np.array_equal(given.points_NC, row.points.astype(np.float32))
+    (points,) = read_folder(tmp_path, {"points"}).values()
+    assert points.read().caption == "" and points.read().image is None
+
+
+def _png(colour: str) -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (8, 8), colour).save(file, "PNG")
+    return file.getvalue()
 
 
 def test_a_folder_with_nothing_in_it_is_refused(tmp_path: Path) -> None:
