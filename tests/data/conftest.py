@@ -9,13 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cad_mllm.cad import codec, omnicad, synth
-from cad_mllm.cad.normalise import normalise
+from cad_mllm.cad import omnicad, synth
 from cad_mllm.data import prepare
 from cad_mllm.data.index import Index, IndexReport, build_index, load_index
-from cad_mllm.data.layout import Source, Split
+from cad_mllm.data.layout import Source
 from cad_mllm.data.sequence import SequenceSpec, TextTokenizer
-from cad_mllm.data.shards import Manifest, ModelRow, Shard, ShardWriter, write_manifest
 from cad_mllm.data.stores import LooseFiles
 from cad_mllm.model.presets import byte_tokenizer
 
@@ -85,48 +83,6 @@ def make_folder(tmp_path: Path, model_texts: Sequence[str]) -> Callable[..., Fol
         return folder
 
     return make
-
-
-def shard(folder: Folder, root: Path, *, rows: int = 4, num_val: int = 0) -> Path:
-    """The samples of a folder as a sharded data set at `root`, the last `num_val` as its val split."""
-    captions = {entry["id"]: entry["text caption"] for entry in folder.captions()}
-    splits: dict[Split, tuple[Shard, ...]] = {}
-    border = len(folder.ids) - num_val
-    for split, numbers in (("train", range(border)), ("val", range(border, len(folder.ids)))):
-        shards = []
-        for start in range(0, len(numbers), rows):
-            file = f"{split}/{len(shards):05d}.arrow"
-            with ShardWriter(root, file, points=7) as writer:
-                for number in numbers[start : start + rows]:
-                    writer.add(_row(folder, number, captions[folder.ids[number]]))
-            shards.append(writer.shard)
-        splits[split] = tuple(shards)
-    write_manifest(root, Manifest(settings={"points": 7, "views": VIEWS, "size": 8}, splits=splits))
-    return root
-
-
-def _row(folder: Folder, number: int, caption: str) -> ModelRow:
-    text = folder.file("json", number).read_text()
-    normalised = normalise(omnicad.read(folder.file("json", number)))
-    with np.load(folder.file("pcd", number)) as stored:
-        points = stored["points"].astype(np.float16)
-    return ModelRow(
-        id=folder.ids[number],
-        caption=caption,
-        caption_source="given",
-        json=json.dumps(json.loads(text), separators=(",", ":"), ensure_ascii=False),
-        command_8=codec.encode(normalised.program, bits=8),
-        command_10=codec.encode(normalised.program, bits=10),
-        points=points,
-        views=tuple(
-            (folder.root / "img" / f"{folder.ids[number]}_{view:03d}.png").read_bytes()
-            for view in range(VIEWS)
-        ),
-        scale=normalised.scale,
-        center=normalised.center,
-        num_extrudes=len(normalised.program.extrudes),
-        num_curves=1,
-    )
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from cad_mllm.data.index import Index, IndexReport, load_index
 from cad_mllm.data.loader import Step, StepLoader, pack_stage
 from cad_mllm.data.sequence import TextTokenizer, build_prompt, inner_ids, prompt_ids, target_ids
 
-from .conftest import SPEC, Folder, shard
+from .conftest import SPEC, Folder
+from .sharding import shard_folder
 
 PREFIX = Variant("prefix", 2)
 REMOVAL = Variant("removal", 2)
@@ -281,7 +282,7 @@ def test_shards_have_the_same_parts(
     from cad_mllm.data.stores import Shards
 
     folder = make_folder(11, "again")
-    store = Shards(ShardedSplit(shard(folder, tmp_path / "shards"), "train"))
+    store = Shards(ShardedSplit(shard_folder(folder.root, tmp_path / "shards"), "train"))
     sharded = load_index(build(folder, store=store, augmented=True, output_dir=tmp_path / "out2").path)
     often = Augmentation(prefix=0.5, removal=0.5)
     drawn = [[one.draw_variant(n, often, 1, 1, 0) for n in range(11)] for one in (index, sharded)]

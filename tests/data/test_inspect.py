@@ -13,7 +13,8 @@ from cad_mllm.data.inspect import SPEC, InspectSettings, inspect
 from cad_mllm.data.sequence import TextTokenizer, prompt_ids, target_ids
 from cad_mllm.errors import DataError
 
-from .conftest import Folder, shard
+from .conftest import Folder
+from .sharding import shard_folder
 
 MakeFolder = Callable[..., Folder]
 EMBEDDINGS = SPEC.image_tokens + SPEC.point_tokens
@@ -39,7 +40,7 @@ def test_the_sequence_is_shown_token_by_token(
     layout: str, make_folder: MakeFolder, tokenizer: TextTokenizer, tmp_path: Path
 ) -> None:
     folder = make_folder(5)
-    root = shard(folder, tmp_path / "shards") if layout == "shards" else folder.root
+    root = shard_folder(folder.root, tmp_path / "shards") if layout == "shards" else folder.root
     text = shown(root, tokenizer, sample_id=folder.ids[3])
     target = re.search(r"target:\s+(\S+)", text)
     assert target is not None and f"sample {folder.ids[3]}" in text and "caption: part 3" in text
@@ -55,7 +56,7 @@ def test_the_sequence_is_shown_token_by_token(
 
 
 def test_the_splits_are_counted(make_folder: MakeFolder, tokenizer: TextTokenizer, tmp_path: Path) -> None:
-    root = shard(make_folder(9), tmp_path / "shards", num_val=3)
+    root = shard_folder(make_folder(9).root, tmp_path / "shards", num_val=3)
     text = shown(root, tokenizer, split="val")
     overview = [row[:3] + row[4:] for row in cells(text) if row[0] in ("train", "val")]
     assert overview == [["train", "6", "6", "6 given"], ["val", "3", "3", "3 given"]]
@@ -77,7 +78,7 @@ def test_what_cannot_be_used_is_counted_with_its_reason(
 def test_every_damaged_shard_is_named(
     make_folder: MakeFolder, tokenizer: TextTokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = shard(make_folder(9), tmp_path / "shards")
+    root = shard_folder(make_folder(9).root, tmp_path / "shards")
     (root / "train/00002.arrow").write_bytes((root / "train/00002.arrow").read_bytes()[:-4])
     content = bytearray((root / "train/00000.arrow").read_bytes())
     content[-100] ^= 1

@@ -18,7 +18,8 @@ from cad_mllm.data.shards import ShardedSplit, read_manifest
 from cad_mllm.data.stores import LooseFiles, Shards, find_store
 from cad_mllm.errors import ConfigError, DataError
 
-from .conftest import SPEC, Folder, shard
+from .conftest import SPEC, Folder
+from .sharding import shard_folder
 
 MakeFolder = Callable[..., Folder]
 Build = Callable[..., IndexReport]
@@ -33,7 +34,7 @@ def folder(make_folder: MakeFolder) -> Folder:
 
 @pytest.fixture
 def root(folder: Folder, tmp_path: Path) -> Path:
-    return shard(folder, tmp_path / "shards")
+    return shard_folder(folder.root, tmp_path / "shards")
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_samples_that_cannot_be_used_are_set_aside(
     captions = folder.captions()
     captions[4]["text caption"] = ""
     folder.write_captions(captions)
-    root = shard(folder, tmp_path / "uncaptioned")
+    root = shard_folder(folder.root, tmp_path / "uncaptioned")
     report = build_shards(root)
     assert (report.num_usable, report.reasons) == (10, {"no caption": 1})
     line = (tmp_path / "out-shards" / "skipped.jsonl").read_text()
@@ -142,7 +143,7 @@ def test_the_fingerprint_covers_points_and_views(
 ) -> None:
     first = load_index(build_shards(root).path).fingerprint
     folder.file("img", 3).write_bytes(folder.file("img", 4).read_bytes())
-    other = shard(folder, tmp_path / "other")
+    other = shard_folder(folder.root, tmp_path / "other")
     assert load_index(build_shards(other).path).fingerprint != first
 
 
@@ -194,7 +195,10 @@ def split_of(config: DataConfig, split: str) -> tuple[str, str, int] | None:
 
 
 def test_the_flags_choose_the_splits(folder: Folder, tmp_path: Path) -> None:
-    one, two = shard(folder, tmp_path / "one", num_val=3), shard(folder, tmp_path / "two")
+    one, two = (
+        shard_folder(folder.root, tmp_path / "one", num_val=3),
+        shard_folder(folder.root, tmp_path / "two"),
+    )
     assert split_of(DataConfig(train_data_path=str(one)), "train") == ("one", "train", 8)
     assert split_of(DataConfig(train_data_path=str(one)), "val") == ("one", "val", 3)
     assert split_of(DataConfig(train_data_path=str(two)), "val") is None
@@ -218,7 +222,7 @@ def test_loose_folders_beside_a_sharded_data_set_are_refused(folder: Folder, roo
 
 
 def test_a_data_set_without_models_is_refused(tmp_path: Path, make_folder: MakeFolder) -> None:
-    root = shard(make_folder(0, "empty"), tmp_path / "none")
+    root = shard_folder(make_folder(0, "empty").root, tmp_path / "none")
     assert read_manifest(root).num_rows("train") == 0
     with pytest.raises(DataError, match="no models in its train split"):
         find_store(DataConfig(train_data_path=str(root)), "train")
