@@ -1,4 +1,4 @@
-"""Training on shards, augmented: the same on two ranks as on one, and after going on with another number."""
+"""Training on shards, augmented: begun on one rank and gone on with on two, it stays the same run."""
 
 import json
 import shutil
@@ -27,19 +27,16 @@ def run_flags(data: Path, output_dir: Path, ranks: int) -> list[str]:
 
 def test_ranks_and_resuming_change_nothing(tmp_path: Path) -> None:
     data = shard_folder(write_data(tmp_path / "loose"), tmp_path / "shards", rows=3, num_val=2)
-    alone, pair, resumed = tmp_path / "alone", tmp_path / "pair", tmp_path / "resumed"
+    alone, resumed = tmp_path / "alone", tmp_path / "resumed"
     assert run_ranks(JOBS, "train_all", [run_flags(data, alone, 1)], world_size=1) == [[0]]
-    assert run_ranks(JOBS, "train_all", [run_flags(data, pair, 2)], world_size=2) == [[0]] * 2
     shutil.copytree(alone, resumed)
     for folder in (resumed / "checkpoints").iterdir():
         if int(folder.name.removeprefix("step-")) > STOP:
             shutil.rmtree(folder)
     assert run_ranks(JOBS, "train_all", [run_flags(data, resumed, 2)], world_size=2) == [[0]] * 2
     assert len(losses(alone)) == STEPS
-    for other in (pair, resumed):
-        assert losses(other) == pytest.approx(losses(alone), rel=1e-4)
-        assert distance(weights(other, STEPS), weights(alone, STEPS)) < 1e-4
+    assert losses(resumed) == pytest.approx(losses(alone), rel=1e-4)
+    assert losses(resumed)[STOP:] != losses(alone)[STOP:]  # they were computed, not copied
+    assert distance(weights(resumed, STEPS), weights(alone, STEPS)) < 1e-4
     records = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
-    assert any("val" in name for record in records for name in record), (
-        "the val split of the data set is used"
-    )
+    assert any("val" in name for record in records for name in record)  # of the data set's val split
