@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 from cad_mllm.data import order
@@ -19,6 +19,9 @@ from cad_mllm.data.index import Index
 from cad_mllm.data.sequence import MODALITIES, Combo, SequenceSpec, TextTokenizer, bos_ids, pad_id
 
 T = TypeVar("T")
+
+_Read = tuple[FloatArray | None, FloatArray | None]
+"""Image (3, H, W) and points (P, 6)."""
 
 SECONDS_PER_SAMPLE = 120.0
 """A sample whose files take longer to read is lost: its mount stalls."""
@@ -84,42 +87,46 @@ class BatchBuilder:
 
     def build(self, items: Sequence[Item], all_lost: str | None = None) -> Loaded:
         """One micro-batch of the samples, in their order; `all_lost`: why none of them is to be read."""
+        texts = [self._text_of(item) for item in items]
+        rows = [self._index.row(item.number) for item in items]
+        reads = {
+            n: partial(self._modalities, item, texts[n].id, rows[n])
+            for n, item in enumerate(items)
+            if MODALITIES[item.combo] and all_lost is None
+        }
+        outcomes = dict(zip(reads, _each_within(self._seconds, list(reads.values())), strict=True))
         samples, lost = [], []
-        for item in items:
-            try:
-                sample = self._sample(item, all_lost)
-            except UnusableFileError as fault:
-                sample = replace(self._text_of(item), supervised=False)
+        for n, (item, text) in enumerate(zip(items, texts, strict=True)):
+            outcome = outcomes.get(n, (None, None))
+            reason = all_lost
+            if outcome is None:
+                reason = f"stalled: its files were not read within {self._seconds:g} s"
+            if reason is not None:
+                outcome = UnusableFileError(self._index.store.place(text.id, rows[n]), reason)
+            if isinstance(outcome, UnusableFileError):
+                samples.append(replace(text, supervised=False))
                 if item.supervised:
                     lost.append(
                         Lost(
-                            id=sample.id,
-                            file=str(fault.path),
-                            reason=fault.reason,
-                            num_target_tokens=len(sample.target),
+                            id=text.id,
+                            file=str(outcome.path),
+                            reason=outcome.reason,
+                            num_target_tokens=len(text.target),
                         )
                     )
-            samples.append(sample)
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            else:
+                assert outcome is not None
+                image, points = outcome
+                samples.append(replace(text, combo=item.combo, image_3HW=image, points_PC=points))
         if self._pack_tokens:
             batch = pack(samples, self._spec, self._pad_id, self._pack_tokens)
         else:
             batch = collate(samples, self._spec, self._pad_id)
         return Loaded(batch=batch, lost=tuple(lost))
 
-    def _sample(self, item: Item, all_lost: str | None) -> Sample:
-        text = self._text_of(item)
-        place = (text.id, self._index.row(item.number))
-        if all_lost is not None:
-            raise UnusableFileError(self._index.store.place(*place), all_lost)
-        if not MODALITIES[item.combo]:
-            return text
-        read = partial(self._modalities, item, *place)
-        image, points = _within(self._seconds, lambda: self._index.store.place(*place), read)
-        return replace(text, combo=item.combo, image_3HW=image, points_PC=points)
-
-    def _modalities(
-        self, item: Item, sample_id: str, row: int
-    ) -> tuple[FloatArray | None, FloatArray | None]:
+    def _modalities(self, item: Item, sample_id: str, row: int) -> _Read:
         """What is read from the store: image (3, H, W) and points (P, 6)."""
         store, draw = self._index.store, (self._seed, self._stage, item.epoch, sample_id)
         image = points = None
@@ -144,24 +151,28 @@ class BatchBuilder:
         )
 
 
-def _within(seconds: float, place: Callable[[], Path | str], work: Callable[[], T]) -> T:
-    """What `work` returns or raises, if it ends in time; UnusableFileError naming `place()` if it does not.
+def _each_within(seconds: float, works: Sequence[Callable[[], T]]) -> list[T | BaseException | None]:
+    """What each work returns or raises, one after the other; None for one that does not end in time.
 
-    A read from a mount that is gone cannot be interrupted: its thread is left behind.
+    A read from a mount that is gone cannot be interrupted: its thread is left behind, and another goes on
+    with the works after it.
     """
-    outcome: list[T | BaseException] = []
-
-    def run() -> None:
+    outcomes: list[T | BaseException | None] = []
+    while len(outcomes) < len(works):
+        done: SimpleQueue[T | BaseException] = SimpleQueue()
+        rest = works[len(outcomes) :]
+        threading.Thread(target=_work_off, args=(rest, done), daemon=True).start()
         try:
-            outcome.append(work())
-        except BaseException as error:  # raised again below, in the caller's thread
-            outcome.append(error)
+            for _ in rest:
+                outcomes.append(done.get(timeout=seconds))
+        except Empty:
+            outcomes.append(None)
+    return outcomes
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise UnusableFileError(place(), f"stalled: its files were not read within {seconds:g} s")
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]
+
+def _work_off(works: Sequence[Callable[[], T]], done: "SimpleQueue[T | BaseException]") -> None:
+    for work in works:
+        try:
+            done.put(work())
+        except BaseException as error:  # raised again in the caller's thread
+            done.put(error)
