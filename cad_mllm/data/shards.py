@@ -10,6 +10,7 @@ machine's cache (`$XDG_CACHE_HOME/cad-mllm/shards`), checked, and then read by m
 Shapes: P points of a cloud, C = 6 channels (xyz, unit normal).
 """
 
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -443,7 +444,7 @@ class ShardedSplit:
     def row(self, number: int) -> ModelRow:
         """Everything of one model."""
         values = {name: self.value(number, name) for name in COLUMNS if name not in ("points", "views")}
-        views = tuple(bytes(self.view(number, view)) for view in range(self.num_views(number)))
+        views = tuple(self.view(number, view).tobytes() for view in range(self.num_views(number)))
         values["center"] = tuple(values["center"])
         return ModelRow(**values, points=self.points(number), views=views)
 
@@ -463,12 +464,12 @@ class ShardedSplit:
         part, row = self._part(number)
         return int(part.first_view[row + 1] - part.first_view[row])
 
-    def view(self, number: int, view: int) -> memoryview:
-        """One PNG file: read-only, a view of the mapped file."""
+    def view(self, number: int, view: int) -> npt.NDArray[np.uint8]:
+        """Bytes of one PNG file: read-only, a view of the mapped file."""
         assert 0 <= view < self.num_views(number), view
         part, row = self._part(number)
         position = int(part.first_view[row]) + view
-        return part.view_bytes[int(part.view_ends[position]) : int(part.view_ends[position + 1])]
+        return part.view_bytes[part.view_ends[position] : part.view_ends[position + 1]]
 
     def batches(self, columns: Sequence[str]) -> Iterator[dict[str, list[Any]]]:
         """These columns of all models in their order, at most 256 rows at a time."""
@@ -509,7 +510,7 @@ class _Part:
     """(R + 1,): the pictures of row r are those from `first_view[r]` to `first_view[r + 1]`."""
     view_ends: npt.NDArray[np.int32]
     """Picture n is `view_bytes[view_ends[n] : view_ends[n + 1]]`."""
-    view_bytes: memoryview
+    view_bytes: npt.NDArray[np.uint8]
 
     @classmethod
     def of(cls, batch: Any) -> "_Part":
@@ -521,13 +522,19 @@ class _Part:
             np.frombuffer(cells, dtype="<f2").reshape(len(points), -1, 6),
             _offsets(views.buffers()[1], len(views)),
             _offsets(pictures[1], len(views.values)),
-            memoryview(pictures[2] or b"").toreadonly(),
+            np.frombuffer(memoryview(pictures[2] or b"").toreadonly(), np.uint8),
         )
 
 
 def _offsets(buffer: Any, length: int) -> npt.NDArray[np.int32]:
-    """Arrow leaves the offsets of an empty array out."""
-    return np.frombuffer(buffer, dtype="<i4", count=length + 1) if length else np.zeros(1, np.int32)
+    """A copy, made without Python's lock: a mount that stalls must not hold up the threads that wait for it.
+
+    Arrow leaves the offsets of an empty array out.
+    """
+    ends = np.zeros(length + 1, dtype="<i4")
+    if length:
+        ctypes.memmove(ends.ctypes.data, buffer.address, ends.nbytes)
+    return ends
 
 
 def _map_shard(path: Path, rows: int) -> list[_Part]:
@@ -535,10 +542,12 @@ def _map_shard(path: Path, rows: int) -> list[_Part]:
 
     # No threads: a forked process would wait for those that it does not have.
     options = pa.ipc.IpcReadOptions(use_threads=False)
-    reader = pa.ipc.open_file(pa.memory_map(str(path)), options=options)
+    source = pa.memory_map(str(path))
+    reader = pa.ipc.open_file(source, options=options)
     if not reader.schema.equals(schema(reader.schema.field("points").type.byte_width // _POINT_BYTES)):
         raise DataError(f"{path} has other columns than {FORMAT}: {_REMEDY}")
     parts = [_Part.of(reader.get_batch(n)) for n in range(reader.num_record_batches)]
+    source.close()  # the mapping stays as long as its parts; hundreds of open files are many systems' limit
     sizes = [part.batch.num_rows for part in parts]
     if sum(sizes) != rows or any(size != sizes[0] for size in sizes[:-1]):
         raise DataError(f"{path} has {sum(sizes)} rows in {len(sizes)} parts, not {rows}: {_REMEDY}")

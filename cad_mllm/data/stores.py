@@ -197,7 +197,8 @@ class Shards:
         with self._readable(row):
             if view >= self.split.num_views(row):
                 raise UnusableFileError(self.split.place(row), "no image")
-            png = BytesIO(self.split.view(row, view))
+            # numpy copies (and converts, above) without Python's lock: see `_offsets` in shards.py
+            png = BytesIO(self.split.view(row, view).copy().data)
         return decode_image(png, self.split.place(row))
 
     @contextmanager

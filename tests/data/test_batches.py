@@ -54,3 +54,16 @@ def test_a_sample_that_is_not_supervised_anyway_is_not_counted(
     builder = builder_of(folder, build, tokenizer, seconds=30)
     folder.file("pcd", 0).unlink()
     assert builder.build([Item(0, 0, "text+points", supervised=False)]).lost == ()
+
+
+def test_reading_goes_on_after_a_sample_that_stalls(
+    make_folder: Callable[..., Folder], build: Callable[..., IndexReport], tokenizer: TextTokenizer
+) -> None:
+    folder = make_folder(4)
+    builder = builder_of(folder, build, tokenizer, seconds=0.3)
+    for stalling in (0, 2):
+        folder.file("pcd", stalling).unlink()
+        os.mkfifo(folder.file("pcd", stalling))
+    loaded = builder.build([Item(n, 0, "text+points") for n in range(4)])
+    assert [lost.id for lost in loaded.lost] == [folder.ids[0], folder.ids[2]]
+    assert loaded.batch.combos == ("text", "text+points", "text", "text+points")

@@ -291,6 +291,15 @@ def test_reading_maps_the_file_and_copies_nothing(tmp_path: Path) -> None:
     assert own_memory() - before < 10e6
 
 
+def test_shards_that_are_read_are_no_open_files(root: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    train = ShardedSplit(root, "train")
+    clouds = [train.points(n) for n in range(len(train))]
+    assert len(train._opened) == len(ROWS)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert same(train.row(0), model(0)) and np.array_equal(clouds[-1], model(len(train) - 1).points)
+
+
 def own_memory() -> int:
     """Bytes of this process that no file stands behind."""
     lines = Path(f"/proc/{os.getpid()}/status").read_text().splitlines()
