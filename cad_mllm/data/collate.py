@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -26,12 +27,16 @@ __all__ = [
     "build_prompt",
     "collate",
     "image_array",
+    "normalise_images",
     "normalise_points",
     "pack",
+    "square_image",
 ]
 
 IGNORED = -100
 """The label of a position that is not learned."""
+
+ByteArray = npt.NDArray[np.uint8]
 
 _WHITE = (255, 255, 255)
 
@@ -48,7 +53,8 @@ class Sample:
     """Ids of instruction + caption; never empty."""
     target: Sequence[int]
     """Ids of the target text and EOS; empty for generation."""
-    image_3HW: FloatArray | None = None
+    image_3HW: FloatArray | ByteArray | None = None
+    """Normalised, or uint8 as in the file: then `normalise_images` is left to who gets the batch."""
     points_PC: FloatArray | None = None
     supervised: bool = True
     """False: the sample only keeps a rank busy, all its labels are ignored."""
@@ -76,7 +82,7 @@ class Batch:
     labels_BT: Tensor
     """int64, not shifted; IGNORED except on target text and EOS."""
     images_NCHW: Tensor
-    """float32, normalised for the vision encoder; N may be 0."""
+    """float32, normalised for the vision encoder; N may be 0. From uint8 samples: uint8, not yet."""
     image_rows: Tensor
     """int64 (N * image_tokens,): where the image tokens go, flat in B * T."""
     points_MPC: Tensor
@@ -132,14 +138,24 @@ def select_points(points_NC: FloatArray, spec: SequenceSpec, draw: tuple[int, in
     return normalise_points(points_NC, rows)
 
 
-def image_array(image: Image.Image, spec: SequenceSpec) -> FloatArray:
-    """An RGB picture as (3, H, W), proportions kept on a white square, normalised for the vision encoder."""
+def square_image(image: Image.Image, spec: SequenceSpec) -> ByteArray:
+    """An RGB picture as uint8 (3, H, W), proportions kept on a white square."""
     square = ImageOps.pad(image, (spec.image_size, spec.image_size), Image.Resampling.BICUBIC, color=_WHITE)
-    values_3HW = np.asarray(square).transpose(2, 0, 1).astype(np.float32, order="C")
+    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+
+
+def normalise_images(images_3HW: ByteArray, spec: SequenceSpec) -> FloatArray:
+    """Pictures (..., 3, H, W) as the vision encoder wants them."""
+    values_3HW = images_3HW.astype(np.float32)
     values_3HW /= 255
     values_3HW -= np.asarray(spec.image_mean, np.float32)[:, None, None]
     values_3HW /= np.asarray(spec.image_std, np.float32)[:, None, None]
     return values_3HW
+
+
+def image_array(image: Image.Image, spec: SequenceSpec) -> FloatArray:
+    """An RGB picture as (3, H, W), proportions kept on a white square, normalised for the vision encoder."""
+    return normalise_images(square_image(image, spec), spec)
 
 
 def collate(samples: Sequence[Sample], spec: SequenceSpec, pad_id: int) -> Batch:
@@ -228,7 +244,7 @@ def _layout(sample: Sample, spec: SequenceSpec) -> _Row:
     )
 
 
-def _stack(arrays: Sequence[FloatArray | None], shape: tuple[int, ...]) -> Tensor:
+def _stack(arrays: Sequence[FloatArray | ByteArray | None], shape: tuple[int, ...]) -> Tensor:
     present = [torch.from_numpy(array) for array in arrays if array is not None]
     if not present:
         return torch.empty((0, *shape), dtype=torch.float32)

@@ -344,13 +344,13 @@ def _prefetched(batches: _MicroBatches, num_workers: int, pin_memory: bool) -> I
     while position < len(batches):
         try:
             for loaded in _iterate(batches, range(position, len(batches)), num_workers, pin_memory):
-                yield loaded
+                yield loaded.finished()
                 position += 1
         except (RuntimeError, ConnectionError, EOFError) as error:
             if not _is_death_of_a_worker(error):
                 raise
             if died_at == position:
-                yield _alone(batches, position, pin_memory)
+                yield _alone(batches, position, pin_memory).finished()
                 position += 1
             died_at = position
 

@@ -5,9 +5,13 @@ import time
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from cad_mllm.data.batches import BatchBuilder, Item
+from cad_mllm.data.collate import image_array
+from cad_mllm.data.files import load_image
 from cad_mllm.data.index import IndexReport, load_index
+from cad_mllm.data.layout import view_path
 from cad_mllm.data.sequence import TextTokenizer
 
 from .conftest import SPEC, Folder
@@ -67,3 +71,15 @@ def test_reading_goes_on_after_a_sample_that_stalls(
     loaded = builder.build([Item(n, 0, "text+points") for n in range(4)])
     assert [lost.id for lost in loaded.lost] == [folder.ids[0], folder.ids[2]]
     assert loaded.batch.combos == ("text", "text+points", "text", "text+points")
+
+
+def test_pictures_are_normalised_by_who_gets_them(
+    make_folder: Callable[..., Folder], build: Callable[..., IndexReport], tokenizer: TextTokenizer
+) -> None:
+    folder = make_folder(2)
+    loaded = builder_of(folder, build, tokenizer, seconds=30).build([Item(0, 0, "text+image")])
+    assert loaded.batch.images_NCHW.dtype == torch.uint8
+    views = [load_image(view_path(folder.root / "img", folder.ids[0], view)) for view in range(2)]
+    (picture,) = loaded.finished().batch.images_NCHW
+    assert any(torch.equal(picture, torch.from_numpy(image_array(view, SPEC))) for view in views)
+    assert loaded.finished().finished().batch.images_NCHW.dtype == torch.float32
