@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 from PIL import Image
 
 from cad_mllm.evaluate import run
-from cad_mllm.evaluate.gallery import choose
+from cad_mllm.evaluate.files import Given
+from cad_mllm.evaluate.gallery import choose, draw
 from cad_mllm.evaluate.report import robustness_runs, write_report
-from cad_mllm.evaluate.score import Outcome, Sample
+from cad_mllm.evaluate.score import Outcome, Pair, Sample
 from cad_mllm.evaluate.summary import METRICS
 
 PLATE = "NZ0,0,127,254,254E60P0,0H254V254H0"
@@ -194,3 +196,19 @@ def test_runs_with_worse_points_are_found_by_the_names_of_their_folders(tmp_path
         ("noise", 0.05),
     ]
     assert len(unusable) == 1 and unusable[0].startswith("dropped-0.2/")
+
+
+def test_an_input_that_is_a_bomb_or_broken_is_not_shown_and_costs_nothing_else(tmp_path: Path) -> None:
+    bomb = tmp_path / "bomb.npz"
+    np.savez_compressed(bomb, points=np.ones((10, 6), dtype=np.float32))
+    content = bytearray(bomb.read_bytes())
+    directory = content.index(b"PK\x01\x02")
+    content[directory + 24 : directory + 28] = (2**32 - 2).to_bytes(4, "little")  # unpacked: 4 GB
+    bomb.write_bytes(content)
+    picture = put(tmp_path / "broken.png", "no picture")
+    pair = Pair("a", put(tmp_path / "true.txt", PLATE), None)
+    givens = {"a": Given(points=bomb), "b": Given(image=picture), "c": Given(points=tmp_path / "gone.npz")}
+    drawn = draw([(replace(pair, id=name), given) for name, given in givens.items()], workers=1, seconds=30)
+    for name in givens:
+        assert drawn[name].given is None
+        assert drawn[name].truth is not None
