@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cad_mllm.evaluate.score import Outcome, Sample
-from cad_mllm.evaluate.summary import METRICS, Training, estimate, share, summarise
+from cad_mllm.evaluate.summary import METRICS, Training, mean_of, median_of, share, summarise
 
 
 def scored(name: str, value: float, fingerprint: str | None = None, **figures: float | None) -> Sample:
@@ -96,7 +96,7 @@ def test_an_interval_holds_the_true_mean_as_often_as_it_says() -> None:
     rng = np.random.default_rng(5)
     held = 0
     for _ in range(300):
-        found = estimate(rng.exponential(size=40), "mean")
+        found = mean_of(rng.exponential(size=40))
         assert found is not None
         held += found.low <= 1.0 <= found.high
     assert 0.88 < held / 300 < 0.98
@@ -104,11 +104,24 @@ def test_an_interval_holds_the_true_mean_as_often_as_it_says() -> None:
 
 def test_an_interval_is_always_the_same_and_shrinks_with_the_number() -> None:
     values = np.random.default_rng(0).normal(size=400)
-    few, many, again = (estimate(values[:n], "median") for n in (25, 400, 400))
+    few, many, again = (median_of(values[:n]) for n in (25, 400, 400))
     assert few is not None and many is not None
     assert many == again
     assert many.high - many.low < (few.high - few.low) / 2
     assert many.low <= many.value <= many.high
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 10, 400])
+def test_the_interval_of_a_median_is_that_of_resampled_medians(size: int) -> None:
+    rng = np.random.default_rng(size)
+    values = rng.exponential(size=size)
+    medians = np.median(values[rng.integers(size, size=(20_000, size))], axis=1)
+    found = median_of(values)
+    assert found is not None
+    assert found.value == np.median(values)
+    ranks = [np.mean(medians <= found.low), np.mean(medians < found.high)]
+    assert ranks[0] >= 0.025 - 0.015 and np.mean(medians < found.low) <= 0.025 + 0.015
+    assert ranks[1] <= 0.975 + 0.015 and np.mean(medians <= found.high) >= 0.975 - 0.015
 
 
 @pytest.mark.parametrize(
