@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cad_mllm.evaluate import run
+from cad_mllm.cli import main
 from cad_mllm.evaluate.files import Given
 from cad_mllm.evaluate.gallery import choose, draw
-from cad_mllm.evaluate.report import robustness_runs, write_report
+from cad_mllm.evaluate.report import robustness_runs
 from cad_mllm.evaluate.score import Outcome, Pair, Sample
 from cad_mllm.evaluate.summary import METRICS
 
@@ -48,11 +48,19 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"id": evil_id, "modalities": "text"},
     ]
     put(root / "pred/inputs.jsonl", "\n".join(map(json.dumps, lines)))
-    evaluation = run.evaluate(root / "pred", root / "true", training=None, workers=1)
-    run.write_tables(root / "out/noise-0.02", evaluation)
+    mean = {"value": 0.02, "low": 0.01, "high": 0.03}
+    put(root / "out/noise-0.02/summary.json", json.dumps({"summary": {"lines": {"chamfer": {"mean": mean}}}}))
     put(root / "out/dropped-0.5/summary.json", "broken")
-    run.write_tables(root / "out", evaluation)
-    return write_report(root / "out", evaluation, workers=1)
+    folders = [f"--{name}={root / name}" for name in ("pred", "true", "out")]
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", *folders, "--workers=1"])
+    assert ended.value.code == 0
+    assert {path.name for path in (root / "out").iterdir() if path.is_file()} == {
+        "report.html",
+        "samples.csv",
+        "summary.json",
+    }
+    return root / "out/report.html"
 
 
 def text_of(page: Path) -> str:
