@@ -64,9 +64,11 @@ class Sample:
 
 def score(pair: Pair) -> Sample:
     """Read both files and compare them. Gives an outcome for whatever is in them."""
+    seed = stable_hash(pair.id) % 2**31
     try:
         truth = read_shape(pair.true)
         true_box = _in_unit_box(truth)
+        floor = surface_distance(true_box, true_box, seed=seed)
     except CadError as error:
         return Sample(pair.id, Outcome.UNUSABLE_TRUTH, str(error))
     if pair.predicted is None:
@@ -74,7 +76,7 @@ def score(pair: Pair) -> Sample:
     try:
         prediction = read_shape(pair.predicted)
         predicted_box = _in_unit_box(prediction)
-        distance = surface_distance(predicted_box, true_box, seed=stable_hash(pair.id) % 2**31)
+        distance = surface_distance(predicted_box, true_box, seed=seed)
     except CadError as error:
         return Sample(pair.id, Outcome.INVALID, str(error))
     notes = ""
@@ -87,7 +89,9 @@ def score(pair: Pair) -> Sample:
     relative, absolute = segment_error(sound.components, num_components(truth.mesh))
     figures: dict[str, float | None] = {
         "chamfer_squared": distance.chamfer_squared,
+        "chamfer_squared_floor": floor.chamfer_squared,
         "chamfer": distance.chamfer,
+        "chamfer_floor": floor.chamfer,
         "f_score": distance.f_score,
         "normal_consistency": distance.normal_consistency,
         "iou": iou,

@@ -60,11 +60,23 @@ METRICS = (
         worst=math.inf,
     ),
     Metric(
+        name="chamfer_squared_floor",
+        label="CD squared floor ×10³",
+        definition="the same between the truth and itself: what random points alone leave",
+        scale=1e3,
+    ),
+    Metric(
         name="chamfer",
         label="CD ×10²",
         definition=f"mean of both mean nearest distances, not squared; {_POINTS}",
         scale=1e2,
         worst=math.inf,
+    ),
+    Metric(
+        name="chamfer_floor",
+        label="CD floor ×10²",
+        definition="the same between the truth and itself: what random points alone leave",
+        scale=1e2,
     ),
     Metric(
         name="f_score",

@@ -76,6 +76,8 @@ def test_figures_are_those_of_the_files(evaluation: run.Evaluation) -> None:
     good, near, mesh = (by_id(evaluation)[f"a/{name}"].figures for name in ("good", "near", "mesh"))
     assert good is not None and near is not None and mesh is not None
     assert (good["iou"], good["command_accuracy"], good["parameter_accuracy"]) == (pytest.approx(1), 1.0, 1.0)
+    assert good["chamfer"] == pytest.approx(good["chamfer_floor"], rel=0.05)  # type: ignore[arg-type]
+    assert near["chamfer"] > 1.1 * near["chamfer_floor"]  # type: ignore[operator]
     assert near["iou"] == pytest.approx(60 / 70)
     assert near["parameter_accuracy"] == pytest.approx(9 / 11)  # the extent, and with it the corner
     assert (good["commands"], good["characters"]) == (7, len(PLATE) - 1)  # centred: z is 97
