@@ -1,6 +1,7 @@
 """Which samples a person looks at, and their pictures: input, prediction and truth."""
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,9 @@ class Pictures:
 
 
 def badness(sample: Sample) -> float:
-    """By what the worst comes first: failures, then the distance."""
-    distance = sample.figures["chamfer"] if sample.figures is not None else None
-    return float("inf") if distance is None else distance
+    """By what the worst comes first: failures, then the distance beyond what random points alone leave."""
+    distance, floor = ((sample.figures or {}).get(name) for name in ("chamfer", "chamfer_floor"))
+    return math.inf if distance is None or floor is None else distance - floor
 
 
 def choose(samples: Sequence[Sample], modalities: dict[str, str], limit: int = MAX_SHOWN) -> list[Sample]:

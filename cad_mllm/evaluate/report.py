@@ -35,6 +35,8 @@ _SHOWN_IN_CARD = ("chamfer", "iou", "f_score", "normal_consistency", "command_ac
 _HISTOGRAMS = ("chamfer", "f_score", "iou", "normal_consistency", "commands", "command_accuracy")
 _MODALITY_COLUMNS = ("chamfer", "chamfer_squared", "f_score", "normal_consistency", "iou", "command_accuracy")
 _LISTED_FAILURES = 500
+_LAST = 1e9
+"""The distance of what has none."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Card:
     modalities: str
     caption: str
     rank: float
+    """By what the worst comes first."""
+    distance: float
     figures: Sequence[tuple[str, str]]
     pictures: Pictures
 
@@ -100,7 +104,9 @@ def _card(sample: Sample, evaluation: Evaluation, pictures: Pictures) -> Card:
         for name in _SHOWN_IN_CARD
         if figures.get(name) is not None
     ]
-    return Card(sample, given.modalities, given.caption, min(badness(sample), 1e9), shown, pictures)
+    rank, distance = min(badness(sample), _LAST), figures.get("chamfer")
+    distance = _LAST if distance is None else distance
+    return Card(sample, given.modalities, given.caption, rank, distance, shown, pictures)
 
 
 def _our_rows(summary: Summary) -> list[Row]:
