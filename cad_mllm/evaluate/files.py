@@ -1,7 +1,8 @@
 """Which files belong together: predictions and truth by id, what the model was given, what it was trained on.
 
 An id is the path of a file below its folder, without suffix. Of a folder in the Omni-CAD layout, `json/` is
-read. `inputs.jsonl` beside the predictions says what each was made from, one object a line:
+read. `generated.jsonl`, the list that generation leaves, may say beside its own keys what each prediction was
+made from, one object a line:
 
     {"id": "0000/00000071_00005", "modalities": "text+points", "caption": "A plate", "points": "in/1.npz"}
 
@@ -20,7 +21,8 @@ from cad_mllm.data.layout import CAPTION_KEY, JSON_FOLDER, TEXT_FOLDER, Source, 
 from cad_mllm.data.sequence import MODALITIES
 from cad_mllm.errors import DataError
 
-INPUTS_FILE = "inputs.jsonl"
+GENERATED_FILE = "generated.jsonl"
+"""What `cad-mllm generate` writes for a folder."""
 UNKNOWN_MODALITIES = "not stated"
 
 _MAX_LINE = 100_000
@@ -111,7 +113,7 @@ def read_inputs(predicted: Path, true: Path) -> Inputs:
     inputs = Inputs()
     captions = _captions(true / TEXT_FOLDER, inputs.unreadable)
     inputs.given = {key: Given(caption=caption) for key, caption in captions.items()}
-    path = predicted / INPUTS_FILE
+    path = predicted / GENERATED_FILE
     if not path.is_file():
         return inputs
     try:
@@ -120,7 +122,7 @@ def read_inputs(predicted: Path, true: Path) -> Inputs:
                 if line.strip():
                     _add_given(inputs, line, predicted, true)
     except OSError as error:
-        inputs.unreadable.append(f"{INPUTS_FILE}: {error.strerror or error}")
+        inputs.unreadable.append(f"{GENERATED_FILE}: {error.strerror or error}")
     return inputs
 
 
@@ -131,7 +133,7 @@ def _add_given(inputs: Inputs, line: str, predicted: Path, true: Path) -> None:
         entry = None
     sample_id = entry.get("id") if isinstance(entry, dict) else None
     if not isinstance(sample_id, str) or id_fault(sample_id):
-        inputs.unreadable.append(f"{INPUTS_FILE}: {line[:60]!a} is no object with an id")
+        inputs.unreadable.append(f"{GENERATED_FILE}: {line[:60]!a} is no object with an id")
         return
     assert isinstance(entry, dict)
     modalities = _modalities(inputs, entry)
@@ -153,7 +155,7 @@ def _modalities(inputs: Inputs, entry: Mapping[str, object]) -> str:
     if stated in MODALITIES:
         return stated
     if stated:
-        inputs.unreadable.append(f"{INPUTS_FILE}: {stated[:60]!a} is none of {', '.join(MODALITIES)}")
+        inputs.unreadable.append(f"{GENERATED_FILE}: {stated[:60]!a} is none of {', '.join(MODALITIES)}")
     return UNKNOWN_MODALITIES
 
 
@@ -163,7 +165,7 @@ def _file(inputs: Inputs, entry: Mapping[str, object], key: str, folder: Path) -
     if not name:
         return None
     if id_fault(name):
-        inputs.unreadable.append(f"{INPUTS_FILE}: {name[:60]!a} leaves the folder")
+        inputs.unreadable.append(f"{GENERATED_FILE}: {name[:60]!a} leaves the folder")
         return None
     return folder / name if (folder / name).is_file() else None
 

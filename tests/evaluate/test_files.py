@@ -90,9 +90,9 @@ def test_what_was_given_comes_from_the_side_file_and_the_true_data(tmp_path: Pat
     lines = [
         {"id": "0000/1", "modalities": "text+image"},
         {"id": "0000/3", "modalities": "text", "caption": "Mine", "image": "in/3.png", "points": "in/3.npz"},
-        {"id": "0000/4", "image": "in/gone.png"},
+        {"id": "0000/4", "image": "in/gone.png", "error": None, "was_cut": False},
     ]
-    put(predicted / "inputs.jsonl", "\n".join(map(json.dumps, lines)))
+    put(predicted / "generated.jsonl", "\n".join(map(json.dumps, lines)))
     inputs = read_inputs(predicted, true)
     first, third, fourth = (inputs.of(f"0000/{i}") for i in (1, 3, 4))
     assert (first.modalities, first.caption) == ("text+image", "A plate")
@@ -121,7 +121,7 @@ def test_a_line_that_is_wrong_or_leaves_the_folder_is_listed_and_the_next_one_re
     line: str, tmp_path: Path
 ) -> None:
     put(tmp_path / "secret.png")
-    put(tmp_path / "pred/inputs.jsonl", line + '\n{"id": "b", "modalities": "text"}\n')
+    put(tmp_path / "pred/generated.jsonl", line + '\n{"id": "b", "modalities": "text"}\n')
     inputs = read_inputs(tmp_path / "pred", tmp_path / "true")
     assert len(inputs.unreadable) == 1
     assert inputs.of("a").image is None
@@ -140,5 +140,5 @@ def test_broken_captions_cost_nothing_but_themselves(content: str, tmp_path: Pat
 
 
 def test_half_a_character_does_not_end_the_writing_of_the_page(tmp_path: Path) -> None:
-    put(tmp_path / "inputs.jsonl", '{"id": "a", "caption": "A \\ud800 plate"}')
+    put(tmp_path / "generated.jsonl", '{"id": "a", "caption": "A \\ud800 plate"}')
     assert read_inputs(tmp_path, tmp_path).of("a").caption.encode() == b"A ? plate"

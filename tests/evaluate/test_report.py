@@ -47,7 +47,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"id": "a/off", "modalities": "text", "caption": EVIL},
         {"id": evil_id, "modalities": "text"},
     ]
-    put(root / "pred/inputs.jsonl", "\n".join(map(json.dumps, lines)))
+    put(root / "pred/generated.jsonl", "\n".join(map(json.dumps, lines)))
     mean = {"value": 0.02, "low": 0.01, "high": 0.03}
     put(root / "out/noise-0.02/summary.json", json.dumps({"summary": {"lines": {"chamfer": {"mean": mean}}}}))
     put(root / "out/dropped-0.5/summary.json", "broken")
