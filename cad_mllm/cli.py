@@ -440,6 +440,52 @@ def smoke(argv: Sequence[str]) -> int:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchArguments:
+    """Time training steps beside other ways to compute the same: JSON, a table and a plot."""
+
+    workload: Literal["A", "B", "C", "D"] = "A"
+    """A: multimodal LoRA; B: full fine-tuning; C, D: text LoRA of 2,048 and 4,096 tokens."""
+    model: Literal["qwen3-8b-random", "tiny"] = "qwen3-8b-random"
+    """Which LM; `tiny` takes the workload in small, for a CPU."""
+    ranks: tuple[int, ...] = ()
+    """Numbers of GPUs to time on, such as `1 2 4`. Unset: all GPUs, or two processes on a CPU."""
+    peers: tuple[str, ...] = ()
+    """original-zero3 (the reference for the loss), original-zero2, zero3, zero2, fsdp2, plain. Unset: all."""
+    steps: int = 6
+    """Timed steps of each peer."""
+    minutes: float = 9.0
+    """Time limit of all peers together; what was timed until then is written."""
+    out: Path = Path("outputs/bench")
+    """Folder for figures, plot and logs."""
+
+
+def bench(argv: Sequence[str]) -> ExitCode:
+    """Time training steps beside other ways to compute them."""
+    example = (
+        "examples:\n"
+        "  cad-mllm bench --workload A --out outputs/bench\n"
+        "  cad-mllm bench --workload C --ranks 1 2 4 --peers original-zero3 zero3 zero2 fsdp2 plain\n"
+        "  cad-mllm bench --model tiny --steps 2   # about a minute on a CPU\n"
+    )
+    arguments = parse_flags(BenchArguments, argv, prog="cad-mllm bench", examples=example)
+    _require("--steps", arguments.steps, 1)
+    _require("--minutes", arguments.minutes, 0.01)
+    for count in arguments.ranks:
+        _require("--ranks", count, 1)
+    from cad_mllm.bench.run import bench as time_peers
+
+    return time_peers(
+        arguments.workload,
+        model=arguments.model,
+        ranks=arguments.ranks,
+        peers=arguments.peers,
+        steps=arguments.steps,
+        minutes=arguments.minutes,
+        out=arguments.out,
+    )
+
+
 def show_config(argv: Sequence[str]) -> ExitCode:
     """Print the training configuration that the flags and --config give, as YAML."""
     import yaml
@@ -470,6 +516,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "watch": watch,
     "logs": logs,
     "smoke": smoke,
+    "bench": bench,
 }
 
 

@@ -29,8 +29,10 @@ ALLOWED: dict[str, set[str]] = {
     "cluster": _BASE,
     "launch": _BASE,
     "demo": _BASE | {"cad", "data", "artifacts", "inputs", "generate", "report", "cli"},
+    "bench": _BASE | {"data", "model", "train"},
     "cli": _BASE
-    | {"cad", "data", "model", "train", "inputs", "generate", "evaluate", "report", "settings", "cluster"},
+    | {"cad", "data", "model", "train", "bench", "inputs", "generate", "evaluate", "report", "settings"}
+    | {"cluster"},
     "train_curriculum": {"cli"},
 }
 

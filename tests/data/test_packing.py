@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cad_mllm import bench
 from cad_mllm.data import order
 from cad_mllm.data.order import IntArray
 from cad_mllm.data.packing import PackPlan, plan_packs
 
-REAL = json.loads(Path(__file__).with_name("lengths.json").read_text())
+REAL = json.loads((Path(bench.__file__).parent / "lengths.json").read_text())
 MAX_SEQ_LENGTH = 2048
 PLACEHOLDERS, SHARES = (0, 257, 256, 513), (0.2, 0.3, 0.2, 0.3)
 """Tokens that the combinations of stage 3 add, and how often they are drawn."""

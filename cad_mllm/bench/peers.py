@@ -1,0 +1,203 @@
+"""The ways to compute a step that are compared: ours, the original design, and PyTorch's FSDP2."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+from cad_mllm.bench.workloads import Workload
+from cad_mllm.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from cad_mllm.model.build import Built
+from cad_mllm.train.assemble import build_engine, build_networks, resolve_zero
+from cad_mllm.train.distributed import World
+
+EngineName = Literal["plain", "zero2", "zero3", "fsdp2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """One way to compute the step."""
+
+    title: str
+    engine: EngineName
+    packed: bool
+    """Packed rows, attention by sample, loss of supervised positions; else the original design."""
+
+
+PEERS = {
+    "original-zero3": Peer(title="original design, stock ZeRO-3", engine="zero3", packed=False),
+    "original-zero2": Peer(title="original design, stock ZeRO-2", engine="zero2", packed=False),
+    "zero3": Peer(title="ours, ZeRO-3", engine="zero3", packed=True),
+    "zero2": Peer(title="ours, ZeRO-2", engine="zero2", packed=True),
+    "fsdp2": Peer(title="ours, FSDP2 in place of ZeRO", engine="fsdp2", packed=True),
+    "plain": Peer(title="ours, one GPU without ZeRO", engine="plain", packed=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a peer computes steps with."""
+
+    built: Built
+    forward: Callable[..., Tensor]
+    """Called like `MultimodalLM`: the summed loss of a micro-batch."""
+    backward: Callable[[Tensor], None]
+    step: Callable[[], None]
+
+
+def train_config(
+    peer: Peer, workload: Workload, model: str, *, folder: Path, micro_batches: int, device: str
+) -> TrainConfig:
+    """The flags of the run that the peer stands for."""
+    on_gpu = device == "cuda"
+    flash = on_gpu and peer.packed and _has_flash_attention()
+    deepspeed_json = None
+    if peer.engine in ("zero2", "zero3"):
+        deepspeed_json = folder / f"{peer.engine}.json"
+        deepspeed_json.write_text(json.dumps(_deepspeed_json(peer)))
+    return TrainConfig(
+        model=ModelConfig(
+            llm_model_name=model,
+            use_lora=workload.use_lora,
+            attn_implementation="flash_attention_2" if flash else "sdpa",
+            use_gradient_checkpointing=workload.recompute,
+            dtype="bfloat16" if on_gpu else "float32",
+            vision_model_name="tiny" if model == "tiny" else "random",
+            point_encoder="tiny" if model == "tiny" else "random",
+        ),
+        data=DataConfig(max_seq_length=workload.max_seq_length),
+        optim=OptimConfig(
+            batch_size=workload.padded_rows,
+            pack_tokens=workload.pack_tokens if peer.packed else 0,
+            gradient_accumulation_steps=micro_batches,
+        ),
+        run=RunConfig(
+            output_dir=folder,
+            device="cuda" if on_gpu else "cpu",
+            deepspeed=deepspeed_json is not None,
+            deepspeed_config=deepspeed_json,
+        ),
+    )
+
+
+def build(peer: Peer, config: TrainConfig, world: World) -> Setup:
+    """Networks and engine of a peer."""
+    zero = resolve_zero(config, world)
+    built = build_networks(config, zero, world)
+    if not peer.packed:
+        built = _original(built)
+    if peer.engine == "fsdp2":
+        return _fsdp2(built, config, world)
+    engine = build_engine(config, built, zero, world, log_dir=config.run.output_dir)
+    rates = {flat.group: _RATE for flat in engine.flats}
+    rates |= {group["name"]: _RATE for group in engine.optimizer.param_groups}
+    engine.module.train()
+    return Setup(
+        built=built,
+        forward=engine.module,
+        backward=engine.backward,
+        step=lambda: _checked(engine.step(rates)),
+    )
+
+
+_RATE = 1e-5
+
+
+def _checked(norm: float) -> None:
+    assert norm == norm, "the gradients are not finite"
+
+
+def _has_flash_attention() -> bool:
+    from transformers.utils import is_flash_attn_2_available
+
+    return bool(is_flash_attn_2_available())
+
+
+def _deepspeed_json(peer: Peer) -> dict[str, object]:
+    """DeepSpeed's defaults for the original design, `auto` (what the shipped files say) for ours."""
+    zero: dict[str, object] = {"stage": 2 if peer.engine == "zero2" else 3}
+    if peer.packed:
+        zero |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": "auto"}
+        if peer.engine == "zero2":
+            zero |= {"reduce_scatter": True, "allgather_partitions": True, "allgather_bucket_size": "auto"}
+        else:
+            zero |= {
+                "stage3_prefetch_bucket_size": "auto",
+                "stage3_param_persistence_threshold": "auto",
+                "stage3_max_live_parameters": 10**9,
+                "stage3_max_reuse_distance": 10**9,
+            }
+    return {
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": zero,
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_clipping": "auto",
+        "steps_per_print": 10**6,
+    }
+
+
+class _OriginalLM(nn.Module):
+    """The loss of the original design: all logits of all positions, through the LM's own head."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.lm = model.lm
+        self.point_projector = model.point_projector
+        self.image_projector = model.image_projector
+        self._embed = type(model).embed
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        attention_mask_BT: Tensor,
+        labels_BT: Tensor,
+        loss_rows: Tensor,
+        *features: Any,
+        **options: Any,
+    ) -> Tensor:
+        embeds_BTD = self._embed(self, tokens_BT, *features, trainable=options["trainable"])
+        logits_BTV = self.lm(
+            inputs_embeds=embeds_BTD, attention_mask=attention_mask_BT, use_cache=False
+        ).logits
+        return nn.functional.cross_entropy(
+            logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten(), reduction="sum"
+        )
+
+
+def _original(built: Built) -> Built:
+    """The same networks with the original loss, and without the layers' names, by which ours are gathered."""
+    for module in built.model.modules():
+        if getattr(module, "_no_split_modules", None):
+            module._no_split_modules = []  # type: ignore[assignment]
+    return replace(built, model=_OriginalLM(built.model))  # type: ignore[arg-type]
+
+
+def _fsdp2(built: Built, config: TrainConfig, world: World) -> Setup:
+    """`fully_shard` on every decoder layer and on the rest; AdamW in the dtype of the weights."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    stacks: list[Any] = [getattr(part, "layers", None) for part in built.model.modules()]
+    for layer in next(stack for stack in stacks if isinstance(stack, nn.ModuleList)):
+        fully_shard(layer, mesh=mesh)
+    model: Any = fully_shard(built.model, mesh=mesh)
+    model.train()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=_RATE, foreach=world.device.type == "cuda")
+
+    def backward(loss: Tensor) -> None:
+        (loss * world.size).backward()  # it averages over the ranks, the loss is a sum
+
+    def step() -> None:
+        nn.utils.clip_grad_norm_(trainable, config.optim.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return Setup(built=built, forward=model, backward=backward, step=step)

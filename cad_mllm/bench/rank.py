@@ -1,0 +1,208 @@
+"""One rank of one peer: builds it, times its steps, and leaves the figures in a file."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from cad_mllm.bench.peers import PEERS, build, train_config
+from cad_mllm.bench.workloads import MicroBatches, StepSamples, TimedSample, Workload, supervised_tokens
+from cad_mllm.data.atomic import write_json
+from cad_mllm.data.sequence import SequenceSpec
+from cad_mllm.train.assemble import sequence_spec
+from cad_mllm.train.distributed import world
+from cad_mllm.train.rehearsal import PROJECTORS, micro_batch_loss
+
+_WORKERS = 2
+_PLACEHOLDERS = {"tiny": (16, 17)}
+"""Tokens of an image and of a cloud, for models whose encoders are not the full-size ones."""
+_FULL_SIZE = (256, 257)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What all ranks of a peer are told."""
+
+    peer: str
+    workload: Workload
+    model: str
+    device: str
+    ranks: int
+    packs: int
+    """Of a step, whatever the number of ranks."""
+    steps: int
+    """Timed ones; `warmup` come before."""
+    warmup: int
+    folder: Path
+    started: float
+    """`time.time()` when the peer was started."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFigures:
+    """What one rank measured. Lists have an entry for each timed step."""
+
+    losses: list[float]
+    """Of all ranks together, per supervised token, warm-up included: for the parity with other peers."""
+    seconds: list[float]
+    waited: list[float]
+    """For batches, within those seconds."""
+    tokens: list[int]
+    """Of this rank, padding not counted."""
+    positions: list[int]
+    """Padding counted."""
+    supervised: list[int]
+    squares: list[int]
+    """Sum over samples of the squared length."""
+    samples: list[int]
+    micro_tokens: list[list[int]]
+    """Tokens of each micro-batch of each step."""
+    micro_squares: list[list[int]]
+    peak_bytes: int
+    first_step_seconds: float
+    """From the start of the process to the end of the first step."""
+    sizes: dict[str, int]
+    """Matmul parameters of the decoder layers and of the head, number of layers, attention width."""
+
+
+def run(job: Job, rank: int, port: int) -> None:
+    """Entry of a fresh process."""
+    log = os.open(job.folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(job.ranks),
+        LOCAL_WORLD_SIZE=str(job.ranks),
+    )
+    figures = _measure(job, rank)
+    write_json(job.folder / f"rank{rank}.json", asdict(figures))
+
+
+def _measure(job: Job, rank: int) -> RankFigures:
+    peer, workload = PEERS[job.peer], job.workload
+    # The accumulation is known only with the sizes of the networks, the engine wants it before.
+    micro_batches = job.packs // job.ranks
+    if not peer.packed:
+        micro_batches = _padded_micro_batches(job)
+    config = train_config(
+        peer, workload, job.model, folder=job.folder, micro_batches=micro_batches, device=job.device
+    )
+    # The process group is DeepSpeed's in a training; FSDP2 needs one too.
+    with world(replace(config.run, deepspeed=peer.engine != "plain")) as ranks:
+        setup = build(peer, config, ranks)
+        spec = sequence_spec(config, setup.built)
+        samples = _samples(job, spec)
+        data = MicroBatches(samples, workload, spec, packed=peer.packed, rank=rank, ranks=job.ranks)
+        assert data.per_step == micro_batches, "the engine accumulates what a step has"
+        batches = iter(
+            DataLoader(
+                data, batch_size=None, num_workers=_WORKERS if job.device == "cuda" else 0,
+                pin_memory=job.device == "cuda",
+            )
+        )  # fmt: skip
+        on_gpu = ranks.device.type == "cuda"
+        losses, seconds, waited = [], [], []
+        first_step = 0.0
+        for step in range(job.warmup + job.steps):
+            supervised = supervised_tokens(samples.packs[step])
+            ranks.barrier()
+            if on_gpu:
+                torch.cuda.synchronize()
+            began, wait = time.perf_counter(), 0.0
+            total = torch.zeros((), device=ranks.device)
+            for _ in range(data.per_step):
+                asked = time.perf_counter()
+                batch = next(batches)
+                wait += time.perf_counter() - asked
+                loss = micro_batch_loss(
+                    setup.forward,  # type: ignore[arg-type]
+                    setup.built.encoders,
+                    batch,
+                    ranks.device,
+                    trainable=PROJECTORS,
+                )
+                setup.backward(loss / supervised)
+                total += loss.detach()
+            setup.step()
+            if on_gpu:
+                torch.cuda.synchronize()
+            took = time.perf_counter() - began
+            losses.append(ranks.sum(float(total))[0] / supervised)
+            if step == 0:
+                first_step = time.time() - job.started
+                if on_gpu:
+                    torch.cuda.reset_peak_memory_stats()
+            if step >= job.warmup:
+                seconds.append(took)
+                waited.append(wait)
+        timed = _by_step(data.batches, data.per_step)[job.warmup :]
+        width = workload.pack_tokens if peer.packed else workload.padded_rows * workload.max_seq_length
+        return RankFigures(
+            losses=losses,
+            seconds=seconds,
+            waited=waited,
+            tokens=[sum(s.length for batch in step for s in batch) for step in timed],
+            positions=[width * len(step) for step in timed],
+            supervised=[sum(s.target for batch in step for s in batch) for step in timed],
+            squares=[sum(s.length**2 for batch in step for s in batch) for step in timed],
+            samples=[sum(len(batch) for batch in step) for step in timed],
+            micro_tokens=[[sum(s.length for s in batch) for batch in step] for step in timed],
+            micro_squares=[[sum(s.length**2 for s in batch) for batch in step] for step in timed],
+            peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
+            first_step_seconds=first_step,
+            sizes=_sizes(setup.built.model),
+        )
+
+
+def _samples(job: Job, spec: SequenceSpec) -> StepSamples:
+    return StepSamples(job.workload, spec, packs=job.packs, steps=job.warmup + job.steps)
+
+
+def _padded_micro_batches(job: Job) -> int:
+    """Micro-batches of a step and rank of a peer that pads; the placeholders are those of the model."""
+    placeholders = _PLACEHOLDERS.get(job.model, _FULL_SIZE)
+    spec = SequenceSpec(
+        image_tokens=placeholders[0], image_size=1, image_mean=(0.0,) * 3, image_std=(1.0,) * 3,
+        point_tokens=placeholders[1], num_points=1, max_seq_length=job.workload.max_seq_length,
+    )  # fmt: skip
+    data = MicroBatches(_samples(job, spec), job.workload, spec, packed=False, rank=0, ranks=job.ranks)
+    return data.per_step
+
+
+def _by_step(
+    batches: Sequence[Sequence[TimedSample]], per_step: int
+) -> list[Sequence[Sequence[TimedSample]]]:
+    return [batches[start : start + per_step] for start in range(0, len(batches), per_step)]
+
+
+def _sizes(model: Any) -> dict[str, int]:
+    """From the LM's configuration: under ZeRO-3 the parameters are not there to be counted."""
+    bare = model.lm.get_base_model() if hasattr(model.lm, "get_base_model") else model.lm
+    shape = bare.config
+    heads, keys = shape.num_attention_heads, shape.num_key_value_heads
+    width = shape.head_dim * heads
+    layer = (
+        2 * shape.hidden_size * shape.head_dim * (heads + keys)
+        + 3 * shape.hidden_size * shape.intermediate_size
+    )
+    return {
+        "layers": layer * shape.num_hidden_layers,
+        "head": shape.vocab_size * shape.hidden_size,
+        "num_layers": shape.num_hidden_layers,
+        "attention_width": width,
+    }
+
+
+def read(folder: Path, ranks: int) -> list[RankFigures]:
+    """What the ranks of a peer have left; FileNotFoundError if one of them did not come to its end."""
+    return [RankFigures(**json.loads((folder / f"rank{rank}.json").read_text())) for rank in range(ranks)]

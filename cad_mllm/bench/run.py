@@ -1,0 +1,217 @@
+"""`cad-mllm bench`: every peer in fresh processes on the same samples; JSON, a table and a plot."""
+
+import multiprocessing
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from cad_mllm.bench.figures import PARITY, Figures, figures_of
+from cad_mllm.bench.peers import PEERS
+from cad_mllm.bench.rank import Job, read, run
+from cad_mllm.bench.workloads import WORKLOADS, tiny
+from cad_mllm.data.atomic import make_writable, write_json
+from cad_mllm.errors import ConfigError, ExitCode
+
+_REFERENCE = "original-zero3"
+"""Pads, and computes the loss as transformers does: what the others must agree with."""
+_LOG_LINES = 15
+
+
+def bench(
+    workload: str,
+    *,
+    model: str,
+    ranks: Sequence[int],
+    peers: Sequence[str],
+    steps: int,
+    minutes: float,
+    out: Path,
+) -> ExitCode:
+    """Time the peers one after the other on each number of ranks; partial results are written as they come.
+
+    Raises:
+        ConfigError: a peer or a number of ranks that there is not.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    counts = list(ranks) or [torch.cuda.device_count() if device == "cuda" else 2]
+    chosen = _chosen(peers, counts, device)
+    make_writable(out, "--out")
+    console = Console()
+    timed = tiny(WORKLOADS[workload]) if model == "tiny" else WORKLOADS[workload]
+    end = time.monotonic() + minutes * 60
+    results: dict[str, Any] = {
+        "workload": workload,
+        "title": timed.title,
+        "model": model,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "settings": asdict(timed),
+        "steps": steps,
+        "peers": {},
+    }
+    reference: Figures | None = None
+    for name, count in chosen:
+        job = Job(
+            peer=name,
+            workload=timed,
+            model=model,
+            device=device,
+            ranks=count,
+            packs=max(counts),
+            steps=steps,
+            warmup=2 if device == "cuda" else 1,
+            folder=out / f"{name}-{count}",
+            started=time.time(),
+        )
+        console.print(f"{PEERS[name].title}, {count} ranks ...")
+        outcome = _timed(job, end - time.monotonic(), results["device"])
+        if isinstance(outcome, Figures):
+            reference = outcome if reference is None and name == _REFERENCE else reference
+            outcome = _compared(outcome, reference, PARITY[device])
+        entry = asdict(outcome) if isinstance(outcome, Figures) else {"failed": outcome}
+        results["peers"][f"{name}-{count}"] = {"title": PEERS[name].title, "ranks": count, **entry}
+        write_json(out / f"bench-{workload}.json", results)
+    console.print(_table(results))
+    _plot(results, out / f"bench-{workload}.png")
+    console.print(f"figures, plot and logs are in {out}")
+    return ExitCode.DONE
+
+
+def _chosen(peers: Sequence[str], counts: Sequence[int], device: str) -> list[tuple[str, int]]:
+    """(peer, ranks) in their order: the reference first."""
+    unknown = [name for name in peers if name not in PEERS]
+    if unknown:
+        raise ConfigError(f"--peers {unknown[0]}: there is no such peer; one of {', '.join(PEERS)}")
+    if device == "cuda" and max(counts) > torch.cuda.device_count():
+        raise ConfigError(f"--ranks {max(counts)}: this machine has {torch.cuda.device_count()} GPUs")
+    uneven = [count for count in counts if max(counts) % count]
+    if uneven:
+        raise ConfigError(
+            f"--ranks {uneven[0]}: a step has {max(counts)} packs, they cannot be shared evenly"
+        )
+    names = sorted(peers or PEERS, key=lambda name: name != _REFERENCE)
+    pairs = [(name, count) for count in sorted(counts, reverse=True) for name in names]
+    alone = [("plain", 1)] if "plain" in names else []
+    return [pair for pair in pairs if pair[0] != "plain"] + alone
+
+
+def _timed(job: Job, seconds: float, device_name: str) -> Figures | str:
+    """The figures of a peer, or in a line why there are none."""
+    if seconds < 1:
+        return "not run: the time was up (--minutes)"
+    job.folder.mkdir(parents=True, exist_ok=True)
+    for old in job.folder.glob("rank*"):
+        old.unlink()
+    context = multiprocessing.get_context("spawn")
+    port = _free_port()
+    processes = [context.Process(target=run, args=(job, rank, port)) for rank in range(job.ranks)]
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.start()
+    try:
+        while any(process.is_alive() for process in processes) and time.monotonic() < end:
+            if any(process.exitcode for process in processes):
+                break  # the others wait for it
+            time.sleep(0.1)
+        failed = [rank for rank, process in enumerate(processes) if process.exitcode != 0]
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+    if not failed:
+        workload = job.workload
+        return figures_of(
+            read(job.folder, job.ranks),
+            use_lora=workload.use_lora,
+            recompute=workload.recompute,
+            device_name=device_name,
+        )
+    if time.monotonic() >= end:
+        return "stopped: the time was up (--minutes)"
+    rank = next((r for r in failed if processes[r].exitcode not in (None, -9)), failed[0])
+    lines = (job.folder / f"rank{rank}.log").read_text(errors="replace").strip().splitlines()
+    errors = [line for line in lines[-_LOG_LINES:] if "Error" in line]
+    return f"failed: {(errors or lines[-1:] or ['no output'])[-1][:200]}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _compared(figures: Figures, reference: Figures | None, tolerance: float) -> Figures | str:
+    """The figures with their parity; void if the peer does not compute the reference's loss."""
+    if reference is None:
+        return figures
+    parity = abs(figures.losses[0] / reference.losses[0] - 1)
+    if not parity <= tolerance:
+        return f"void: its first loss is {figures.losses[0]:.5f}, the reference's {reference.losses[0]:.5f}"
+    return replace(figures, parity=parity)
+
+
+def _table(results: dict[str, Any]) -> Table:
+    """A column for each peer; below it, those without figures and why."""
+    done = {name: peer for name, peer in results["peers"].items() if "failed" not in peer}
+    failed = [f"{name}: {peer['failed']}" for name, peer in results["peers"].items() if "failed" in peer]
+    title = f"{results['workload']}: {results['title']} ({results['model']}, {results['device']})"
+    table = Table(title=title, caption="\n".join(failed) or None)
+    table.add_column("peer-ranks")
+    for name in done:
+        table.add_column(name, justify="right", overflow="fold")
+    for row, show in _ROWS.items():
+        table.add_row(row, *(show(peer) for peer in done.values()))
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tokens/s/GPU": lambda peer: f"{peer['tokens_per_second_per_gpu']:,.0f}",
+    "  slowest step": lambda peer: f"{peer['spread'][0]:,.0f}",
+    "  fastest step": lambda peer: f"{peer['spread'][1]:,.0f}",
+    "samples/s": lambda peer: f"{peer['samples_per_second']:.2f}",
+    "MFU": lambda peer: _share(peer["mfu"]),
+    "HFU": lambda peer: _share(peer["hfu"]),
+    "peak GB": lambda peer: f"{peer['peak_gb']:.1f}",
+    "non-padding": lambda peer: _share(peer["non_padding"]),
+    "imbalance, tokens": lambda peer: _share(peer["token_imbalance"]),
+    "imbalance, squares": lambda peer: _share(peer["square_imbalance"]),
+    "loader wait": lambda peer: _share(peer["loader_wait"]),
+    "first step after s": lambda peer: f"{peer['start_to_first_step']:.0f}",
+    "loss differs by": lambda peer: "not checked" if peer["parity"] is None else f"{peer['parity']:.1e}",
+}
+
+
+def _plot(results: dict[str, Any], path: Path) -> None:
+    """Tokens per second and GPU, with the spread."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    done = {name: peer for name, peer in results["peers"].items() if "failed" not in peer}
+    figure, axes = pyplot.subplots(figsize=(7, 0.6 * max(2, len(done)) + 1), layout="constrained")
+    names = [f"{peer['title']}, {peer['ranks']}" for peer in done.values()]
+    rates = [peer["tokens_per_second_per_gpu"] for peer in done.values()]
+    around = [
+        [rate - peer["spread"][0] for rate, peer in zip(rates, done.values(), strict=True)],
+        [peer["spread"][1] - rate for rate, peer in zip(rates, done.values(), strict=True)],
+    ]
+    axes.barh(names, rates, xerr=around if done else None)
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens per second and GPU, padding not counted")
+    axes.set_title(f"{results['workload']}: {results['title']}", fontsize=10)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

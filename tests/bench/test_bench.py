@@ -1,0 +1,180 @@
+"""The benchmark: the same samples for every peer, figures by their definitions, no wrong loss counted."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cad_mllm.bench import run as bench_run
+from cad_mllm.bench.figures import Figures, figures_of
+from cad_mllm.bench.peers import PEERS
+from cad_mllm.bench.rank import RankFigures
+from cad_mllm.bench.run import _chosen, _compared
+from cad_mllm.bench.workloads import WORKLOADS, MicroBatches, StepSamples, Workload, supervised_tokens, tiny
+from cad_mllm.data.collate import IGNORED
+from cad_mllm.data.sequence import SequenceSpec
+from cad_mllm.errors import ConfigError, ExitCode
+
+STEPS, PACKS = 3, 4
+
+
+def spec(workload: Workload) -> SequenceSpec:
+    return SequenceSpec(
+        image_tokens=16,
+        image_size=8,
+        image_mean=(0.5,) * 3,  # type: ignore[arg-type]
+        image_std=(0.5,) * 3,  # type: ignore[arg-type]
+        point_tokens=17,
+        num_points=5,
+        max_seq_length=workload.max_seq_length,
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_peer_computes_the_samples_of_a_step(name: str, ranks: int) -> None:
+    workload = tiny(WORKLOADS[name])
+    samples = StepSamples(workload, spec(workload), packs=PACKS, steps=STEPS)
+    for packed in (True, False):
+        data = [
+            MicroBatches(samples, workload, spec(workload), packed=packed, rank=rank, ranks=ranks)
+            for rank in range(ranks)
+        ]
+        assert len({one.per_step for one in data}) == 1
+        for step, packs in enumerate(samples.packs):
+            mine = range(step * data[0].per_step, (step + 1) * data[0].per_step)
+            batches = [one[number] for one in data for number in mine]
+            wanted = Counter(str(s.number) for one in packs for s in one)
+            assert set(wanted) == {i for batch in batches for i in batch.sample_ids}
+            assert sum(batch.num_supervised for batch in batches) == supervised_tokens(packs)
+            shape = (1, workload.pack_tokens) if packed else (workload.padded_rows, workload.max_seq_length)
+            assert {tuple(batch.tokens_BT.shape) for batch in batches} == {shape}
+
+
+def test_a_sample_has_the_same_content_packed_and_padded() -> None:
+    workload = tiny(WORKLOADS["A"])
+    samples = StepSamples(workload, spec(workload), packs=1, steps=1)
+    packed, padded = (
+        MicroBatches(samples, workload, spec(workload), packed=p, rank=0, ranks=1) for p in (True, False)
+    )
+    tokens = [
+        sorted(
+            label
+            for batch in (data[n] for n in range(data.per_step))
+            for label in batch.labels_BT.flatten().tolist()
+            if label != IGNORED
+        )
+        for data in (packed, padded)
+    ]
+    assert tokens[0] == tokens[1]
+    clouds = [sum(float(data[n].points_MPC.abs().sum()) for n in range(data.per_step)) for data in (packed,)]
+    assert clouds[0] > 0
+
+
+def test_packs_of_real_lengths_keep_the_promise_of_the_plan() -> None:
+    workload = WORKLOADS["A"]
+    full_size = replace(spec(workload), image_tokens=256, point_tokens=257)
+    samples = StepSamples(workload, full_size, packs=4, steps=8)
+    lengths = [sum(s.length for s in one) for step in samples.packs for one in step]
+    assert sum(lengths) / len(lengths) >= 0.97 * workload.pack_tokens
+
+
+def measured(**changes: object) -> RankFigures:
+    values: dict[str, object] = {
+        "losses": [2.0, 1.9, 1.8],
+        "seconds": [2.0, 4.0],
+        "waited": [0.1, 0.2],
+        "tokens": [800, 800],
+        "positions": [1000, 1000],
+        "supervised": [100, 100],
+        "squares": [500_000, 500_000],
+        "samples": [4, 4],
+        "micro_tokens": [[400, 400], [400, 400]],
+        "micro_squares": [[250_000, 250_000], [250_000, 250_000]],
+        "peak_bytes": 3 * 10**9,
+        "first_step_seconds": 12.0,
+        "sizes": {"layers": 10**9, "head": 10**8, "num_layers": 10, "attention_width": 64},
+    }
+    return RankFigures(**(values | changes))  # type: ignore[arg-type]
+
+
+def test_figures_follow_their_definitions() -> None:
+    slow = measured(seconds=[4.0, 4.0], micro_tokens=[[600, 400], [400, 400]], peak_bytes=5 * 10**9)
+    figures = figures_of([measured(), slow], use_lora=True, recompute=True, device_name="NVIDIA H200")
+    assert figures.tokens_per_second_per_gpu == pytest.approx(800 / 4.0)  # the slower rank ends the step
+    assert figures.samples_per_second == pytest.approx(8 / 4.0)
+    assert figures.peak_gb == 5.0
+    assert figures.non_padding == 0.8
+    assert figures.token_imbalance == pytest.approx((600 / 500 - 1) / 4)
+    assert figures.square_imbalance == 0.0
+    assert figures.loader_wait == pytest.approx(0.3 / 6.0)
+    layers, head, attention = 2 * 1e9 * 1600, 2 * 1e8 * 200, 2 * 64 * 10 * 1e6
+    model = 2 * (layers + head) + 3 * attention
+    assert figures.mfu == pytest.approx(model / (4.0 * 2 * 989e12))
+    assert figures.hfu == pytest.approx((model + layers + attention) / (4.0 * 2 * 989e12))
+
+
+def test_full_fine_tuning_counts_the_gradients_of_the_weights() -> None:
+    lora, full = (
+        figures_of([measured()], use_lora=use_lora, recompute=False, device_name="NVIDIA L40")
+        for use_lora in (True, False)
+    )
+    assert lora.mfu is not None and full.mfu is not None and lora.mfu == lora.hfu
+    assert full.mfu / lora.mfu == pytest.approx(1.5, rel=1e-3)
+    assert figures_of([measured()], use_lora=True, recompute=False, device_name="CPU").mfu is None
+
+
+def test_no_figure_of_a_peer_that_computes_another_loss_counts() -> None:
+    reference = figures_of([measured()], use_lora=True, recompute=False, device_name="CPU")
+    near = replace(reference, losses=(2.00001,))
+    compared = _compared(near, reference, 1e-4)
+    assert isinstance(compared, Figures) and compared.parity == pytest.approx(5e-6)
+    for loss in (2.01, float("nan")):
+        void = _compared(replace(reference, losses=(loss,)), reference, 1e-4)
+        assert isinstance(void, str) and void.startswith("void")
+
+
+def test_the_reference_comes_first_and_one_process_alone() -> None:
+    assert _chosen(["zero3", "plain", "original-zero3"], [1, 2], "cpu") == [
+        ("original-zero3", 2), ("zero3", 2), ("original-zero3", 1), ("zero3", 1), ("plain", 1),
+    ]  # fmt: skip
+    assert {name for name, _ in _chosen([], [2], "cpu")} == set(PEERS)
+
+
+@pytest.mark.parametrize(
+    ("peers", "ranks", "expected"),
+    [(["zero4"], [2], "there is no such peer"), (["zero3"], [2, 3], "cannot be shared evenly")],
+)
+def test_a_peer_or_a_number_of_ranks_that_cannot_be_is_refused(
+    peers: list[str], ranks: list[int], expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        _chosen(peers, ranks, "cpu")
+
+
+def time_tiny(out: Path, *, peers: list[str], minutes: float) -> dict[str, dict[str, object]]:
+    code = bench_run.bench("A", model="tiny", ranks=[], peers=peers, steps=1, minutes=minutes, out=out)
+    assert code == ExitCode.DONE
+    return dict(json.loads((out / "bench-A.json").read_text())["peers"])
+
+
+@pytest.mark.distributed
+def test_without_time_nothing_is_run_and_that_is_said(tmp_path: Path) -> None:
+    peers = time_tiny(tmp_path, peers=["zero3"], minutes=0.0)
+    assert "time was up" in str(peers["zero3-2"]["failed"])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+def test_all_peers_compute_the_same_loss_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    peers = time_tiny(tmp_path, peers=[], minutes=12.0)
+    assert len(peers) == len(PEERS)
+    assert all("failed" not in peer for peer in peers.values()), peers
+    assert all(float(peer["parity"]) < 1e-4 for peer in peers.values())  # type: ignore[arg-type]
+    assert (tmp_path / "bench-A.png").stat().st_size > 0
+    assert float(peers["zero3-2"]["non_padding"]) > 0.95  # type: ignore[arg-type]
