@@ -61,7 +61,7 @@ BUILD_IMAGE = $(DOCKER) build $(if $(filter buildah,$(notdir $(DOCKER))),--layer
     $(if $(IMAGE_PIP_CONFIG),--secret id=pip_config$(,)src=$(IMAGE_PIP_CONFIG)) $(BUILD_OPTIONS)
 , := ,
 
-.PHONY: help demo test test-slow test-image lint train image image-cpu push k8s-image clean
+.PHONY: help demo test test-slow test-image lint bench train image image-cpu push k8s-image clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,10 @@ lint: .venv/installed  ## ruff (rules and format) and mypy
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+bench: .venv/installed  ## time a step beside the original design and FSDP2 (ARGS="--workload A|B|C|D")
+	@$(UNLOCK)
+	.venv/bin/cad-mllm bench $(ARGS)
 
 train: .venv/installed  ## full training on NUM_GPUS GPUs; ARGS="--train_data_path ... --point_encoder ..."
 	.venv/bin/deepspeed --num_gpus=$(NUM_GPUS) cad_mllm/train_curriculum.py \
