@@ -39,8 +39,11 @@ class Figures:
     start_to_first_step: float
     """Seconds from the start of the processes to the end of the first step."""
     losses: tuple[float, ...]
+    gradient_norms: tuple[float, ...]
     parity: float | None = None
     """Relative difference of the first loss from the padded reference's; None: there was none."""
+    gradient_parity: float | None = None
+    """The same of the norm of the first gradients; it says more than the loss, and in bf16 differs more."""
 
 
 def figures_of(ranks: Sequence[RankFigures], *, use_lora: bool, recompute: bool, device_name: str) -> Figures:
@@ -70,6 +73,7 @@ def figures_of(ranks: Sequence[RankFigures], *, use_lora: bool, recompute: bool,
         loader_wait=max(sum(rank.waited) / sum(rank.seconds) for rank in ranks),
         start_to_first_step=max(rank.first_step_seconds for rank in ranks),
         losses=tuple(ranks[0].losses),
+        gradient_norms=tuple(ranks[0].gradient_norms),
     )
 
 

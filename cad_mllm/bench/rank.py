@@ -50,6 +50,8 @@ class RankFigures:
 
     losses: list[float]
     """Of all ranks together, per supervised token, warm-up included: for the parity with other peers."""
+    gradient_norms: list[float]
+    """Likewise."""
     seconds: list[float]
     waited: list[float]
     """For batches, within those seconds."""
@@ -111,7 +113,7 @@ def _measure(job: Job, rank: int) -> RankFigures:
             )
         )  # fmt: skip
         on_gpu = ranks.device.type == "cuda"
-        losses, seconds, waited = [], [], []
+        losses, norms, seconds, waited = [], [], [], []
         first_step = 0.0
         for step in range(job.warmup + job.steps):
             supervised = supervised_tokens(samples.packs[step])
@@ -133,7 +135,7 @@ def _measure(job: Job, rank: int) -> RankFigures:
                 )
                 setup.backward(loss / supervised)
                 total += loss.detach()
-            setup.step()
+            norms.append(setup.step())
             if on_gpu:
                 torch.cuda.synchronize()
             took = time.perf_counter() - began
@@ -149,6 +151,7 @@ def _measure(job: Job, rank: int) -> RankFigures:
         width = workload.pack_tokens if peer.packed else workload.padded_rows * workload.max_seq_length
         return RankFigures(
             losses=losses,
+            gradient_norms=norms,
             seconds=seconds,
             waited=waited,
             tokens=[sum(s.length for batch in step for s in batch) for step in timed],

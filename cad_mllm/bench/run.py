@@ -156,7 +156,8 @@ def _compared(figures: Figures, reference: Figures | None, tolerance: float) -> 
     parity = abs(figures.losses[0] / reference.losses[0] - 1)
     if not parity <= tolerance:
         return f"void: its first loss is {figures.losses[0]:.5f}, the reference's {reference.losses[0]:.5f}"
-    return replace(figures, parity=parity)
+    gradient_parity = abs(figures.gradient_norms[0] / reference.gradient_norms[0] - 1)
+    return replace(figures, parity=parity, gradient_parity=gradient_parity)
 
 
 def _table(results: dict[str, Any]) -> Table:
@@ -165,7 +166,7 @@ def _table(results: dict[str, Any]) -> Table:
     failed = [f"{name}: {peer['failed']}" for name, peer in results["peers"].items() if "failed" in peer]
     title = f"{results['workload']}: {results['title']} ({results['model']}, {results['device']})"
     table = Table(title=title, caption="\n".join(failed) or None)
-    table.add_column("peer-ranks")
+    table.add_column("peer-ranks", no_wrap=True)
     for name in done:
         table.add_column(name, justify="right", overflow="fold")
     for row, show in _ROWS.items():
@@ -175,6 +176,10 @@ def _table(results: dict[str, Any]) -> Table:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
+
+
+def _difference(value: float | None) -> str:
+    return "not checked" if value is None else f"{value:.0e}"
 
 
 _ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -190,7 +195,8 @@ _ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "imbalance, squares": lambda peer: _share(peer["square_imbalance"]),
     "loader wait": lambda peer: _share(peer["loader_wait"]),
     "first step after s": lambda peer: f"{peer['start_to_first_step']:.0f}",
-    "loss differs by": lambda peer: "not checked" if peer["parity"] is None else f"{peer['parity']:.1e}",
+    "loss differs by": lambda peer: _difference(peer["parity"]),
+    "gradient differs by": lambda peer: _difference(peer["gradient_parity"]),
 }
 
 

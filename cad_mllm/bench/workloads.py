@@ -81,9 +81,9 @@ def tiny(workload: Workload) -> Workload:
     return replace(
         workload,
         constant_length=constant,
-        text_divisor=8,
-        max_seq_length=workload.max_seq_length // 16 if constant else 320,
-        pack_tokens=workload.pack_tokens // 16 if constant else 1280,
+        text_divisor=16,
+        max_seq_length=workload.max_seq_length // 16 if constant else 192,
+        pack_tokens=workload.pack_tokens // 16 if constant else 768,
     )
 
 

@@ -85,6 +85,7 @@ def test_packs_of_real_lengths_keep_the_promise_of_the_plan() -> None:
 def measured(**changes: object) -> RankFigures:
     values: dict[str, object] = {
         "losses": [2.0, 1.9, 1.8],
+        "gradient_norms": [4.0, 3.0, 2.0],
         "seconds": [2.0, 4.0],
         "waited": [0.1, 0.2],
         "tokens": [800, 800],
@@ -129,9 +130,10 @@ def test_full_fine_tuning_counts_the_gradients_of_the_weights() -> None:
 
 def test_no_figure_of_a_peer_that_computes_another_loss_counts() -> None:
     reference = figures_of([measured()], use_lora=True, recompute=False, device_name="CPU")
-    near = replace(reference, losses=(2.00001,))
+    near = replace(reference, losses=(2.00001,), gradient_norms=(4.004,))
     compared = _compared(near, reference, 1e-4)
     assert isinstance(compared, Figures) and compared.parity == pytest.approx(5e-6)
+    assert compared.gradient_parity == pytest.approx(1e-3)
     for loss in (2.01, float("nan")):
         void = _compared(replace(reference, losses=(loss,)), reference, 1e-4)
         assert isinstance(void, str) and void.startswith("void")
@@ -176,5 +178,6 @@ def test_all_peers_compute_the_same_loss_on_a_cpu(tmp_path: Path, monkeypatch: p
     assert len(peers) == len(PEERS)
     assert all("failed" not in peer for peer in peers.values()), peers
     assert all(float(peer["parity"]) < 1e-4 for peer in peers.values())  # type: ignore[arg-type]
+    assert all(float(peer["gradient_parity"]) < 1e-4 for peer in peers.values())  # type: ignore[arg-type]
     assert (tmp_path / "bench-A.png").stat().st_size > 0
     assert float(peers["zero3-2"]["non_padding"]) > 0.95  # type: ignore[arg-type]
