@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers.utils import is_flash_attn_2_available
 
 from cad_mllm.data.collate import Sample, collate, pack
 from cad_mllm.data.sequence import SequenceSpec
@@ -151,3 +152,31 @@ def test_a_gpu_packs_in_bfloat16_only() -> None:
     check_attention(tiny_config(), cuda, packed=False)
     with pytest.raises(ConfigError, match="--pack_tokens on a GPU needs --dtype bfloat16"):
         check_attention(tiny_config(), cuda, packed=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
+def test_on_a_gpu_a_pack_learns_what_its_samples_learn_alone(attention: str) -> None:
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        pytest.skip("needs flash-attn")
+    cuda, grads, losses = torch.device("cuda"), [], []
+    for packed, kernel in ((True, attention), (False, "sdpa")):
+        config = tiny_config(attn_implementation=kernel, dtype="bfloat16")
+        model = build_model(config, seed=3, device=cuda, packed=packed)
+        spec = spec_of(model)
+        batches = [collate([s], spec, 256) for s in samples()]
+        if packed:
+            batches = [pack(samples(), spec, 256, sum(b.tokens_BT.shape[1] for b in batches) + 7)]
+        parts = [
+            micro_batch_loss(model.model, model.encoders, batch, cuda, trainable=PROJECTORS)
+            for batch in batches
+        ]
+        total = torch.stack(parts).sum()
+        total.backward()
+        losses.append(float(total.detach()))
+        grads.append(
+            torch.cat([p.grad.float().flatten() for p in model.model.parameters() if p.grad is not None])
+        )
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.99
