@@ -53,43 +53,114 @@ def doctor(argv: Sequence[str]) -> ExitCode:
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareArguments:
-    """Make points (pcd/) and rendered views (img/) from Omni-CAD JSON. Resumes where it stopped."""
+    """Make a data set from Omni-CAD: points with normals, rendered views. Resumes where it stopped."""
 
-    json_root: Path
-    """Folder of CAD JSON files (json/0000/*.json)."""
     out: Path
-    """Data folder to write, in the Omni-CAD layout (json/ txt/ pcd/ img/)."""
+    """Data folder to write."""
+    archive: Path | None = None
+    """Omni-CAD.zip as it was downloaded (it is not unpacked), or the folder with json/ and txt/."""
+    json_root: Path | None = None
+    """Instead of --archive: folder of CAD JSON files (json/0000/*.json)."""
     txt_root: Path | None = None
-    """Folder of caption files (txt/0000.json ...). Unset: template captions, labelled as such."""
+    """With --json_root: folder of caption files (txt/0000.json ...)."""
+    layout: Literal["files", "shards"] | None = None
+    """`shards`: Arrow files under one index (unset, with --archive). `files`: json/ txt/ pcd/ img/ (with
+    --json_root)."""
+    split_file: Path | None = None
+    """For shards: raw_train_test_split.json, whose `test` becomes the split `val`. Unset: all is `train`."""
+    rows_per_shard: int = 1024
+    """For shards: models in one file."""
+    part: str = "0/1"
+    """For shards: the share of this machine, 0/16 to 15/16. The last one to finish writes the index."""
+    tokenizer: Path | None = None
+    """For shards: folder of a language model's tokenizer.json; the report then counts its tokens."""
     workers: int = 0
     """Worker processes (0: one per core)."""
     seconds: float = 60.0
     """Time limit of each model; a model that takes longer is skipped and listed."""
     views: int = 8
-    """Rendered views of each model (1 to 8)."""
-    points: int = 8192
+    """Rendered views of each model (0 to 8)."""
+    points: int = 10_000
     """Points sampled on the surface of each model."""
 
 
 def prepare(argv: Sequence[str]) -> ExitCode:
     """Make points and views from Omni-CAD JSON."""
     example = (
-        "example:\n  cad-mllm prepare --json_root download/json --txt_root download/txt --out data/omnicad\n"
+        "examples:\n"
+        "  cad-mllm prepare --archive Omni-CAD.zip --out data/omnicad \\\n"
+        "      --split_file raw_train_test_split.json\n"
+        "  cad-mllm prepare --json_root download/json --txt_root download/txt --out data/Omni-CAD\n"
     )
     arguments = parse_flags(PrepareArguments, argv, prog="cad-mllm prepare", examples=example)
     _require("--workers", arguments.workers, 0)
     _require("--seconds", arguments.seconds, 0.1)
-    _require("--views", arguments.views, 1, _MAX_VIEWS)
+    _require("--views", arguments.views, 0, _MAX_VIEWS)
     _require("--points", arguments.points, 1)
+    _require("--rows_per_shard", arguments.rows_per_shard, 1)
+    if (arguments.archive is None) == (arguments.json_root is None):
+        raise ConfigError("nothing to prepare: give --archive, or --json_root, and not both")
+    if arguments.txt_root is not None and arguments.json_root is None:
+        raise ConfigError("--txt_root goes with --json_root: an --archive has its captions in txt/")
+    layout = arguments.layout or ("files" if arguments.archive is None else "shards")
+    if layout == "shards":
+        return _prepare_shards(arguments)
+    for flag in ("split_file", "part", "tokenizer", "rows_per_shard"):
+        if getattr(arguments, flag) != getattr(PrepareArguments, flag):
+            raise ConfigError(f"--{flag} is for shards: add --layout shards")
+    return _prepare_files(arguments)
+
+
+def _prepare_shards(arguments: PrepareArguments) -> ExitCode:
+    from rich.console import Console
+
+    from cad_mllm.data.archive import Splits, open_archive, open_folders
+    from cad_mllm.data.layout import ModelSettings
+    from cad_mllm.data.prepare_shards import Part, prepare_shards, print_shards_report
+    from cad_mllm.data.quality import Tokenizer
+
+    part, splits = Part.parse(arguments.part), Splits(arguments.split_file)
+    tokenizer = None if arguments.tokenizer is None else Tokenizer(arguments.tokenizer)
+    if arguments.archive is not None:
+        archive = open_archive(arguments.archive)
+    else:
+        assert arguments.json_root is not None
+        archive = open_folders(arguments.json_root, arguments.txt_root)
+    report = prepare_shards(
+        archive,
+        arguments.out,
+        splits=splits,
+        settings=ModelSettings(points=arguments.points, views=arguments.views),
+        rows=arguments.rows_per_shard,
+        part=part,
+        tokenizer=tokenizer,
+        workers=arguments.workers or os.cpu_count() or 1,
+        seconds=arguments.seconds,
+    )
+    print_shards_report(report, arguments.out, Console())
+    return ExitCode.DONE
+
+
+def _prepare_files(arguments: PrepareArguments) -> ExitCode:
     from rich.console import Console
 
     from cad_mllm.data.prepare import prepare as prepare_data
     from cad_mllm.data.prepare import print_report
 
+    json_root, txt_root = arguments.json_root, arguments.txt_root
+    if json_root is None:
+        assert arguments.archive is not None
+        if not arguments.archive.is_dir():
+            raise ConfigError(
+                f"--archive {arguments.archive}: --layout files needs a folder: unpack the zip file"
+                " first, or leave --layout out"
+            )
+        json_root, texts = arguments.archive / "json", arguments.archive / "txt"
+        txt_root = texts if texts.is_dir() else None
     report = prepare_data(
-        arguments.json_root,
+        json_root,
         arguments.out,
-        txt_root=arguments.txt_root,
+        txt_root=txt_root,
         workers=arguments.workers or os.cpu_count() or 1,
         seconds=arguments.seconds,
         views=arguments.views,

@@ -362,7 +362,7 @@ def test_a_stop_after_a_checkpoint_is_143() -> None:
     [
         (["trian"], "unknown command 'trian'"),
         (["prepare", "--out", "x"], "--json_root"),
-        (["prepare", "--json_root", "a", "--out", "b", "--views", "9"], "--views must be from 1 to 8, got 9"),
+        (["prepare", "--json_root", "a", "--out", "b", "--views", "9"], "--views must be from 0 to 8, got 9"),
         (["make-dummy", "--out", "x", "--num_samples", "0"], "--num_samples must be at least 1, got 0"),
         (["generate", "--checkpoint", "c", "--out", "o"], "give --text, --points or --image"),
         (["generate", "--checkpoint", "c", "--out", "o", "--txt", "x"], "did you mean --text?"),

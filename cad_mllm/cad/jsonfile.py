@@ -23,15 +23,22 @@ _Choice = TypeVar("_Choice")
 def load(path: FilePath) -> Mapping[str, object]:
     """The object in a JSON file. Raises CadError, without the file's name, for whatever is not one."""
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise CadError(
-                f"{size:,} bytes are more than the {MAX_FILE_BYTES:,} that a CAD JSON file may have"
-            )
-        text = path.read_bytes().decode("utf-8")
-        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        check_size(path.stat().st_size)
+        return loads(path.read_bytes())
     except OSError as error:
         raise CadError(f"cannot be read: {error.strerror or error}") from error
+
+
+def check_size(size: int) -> None:
+    """Raises CadError for a file too large to be read, by its size in bytes."""
+    if size > MAX_FILE_BYTES:
+        raise CadError(f"{size:,} bytes are more than the {MAX_FILE_BYTES:,} that a CAD JSON file may have")
+
+
+def loads(content: bytes) -> Mapping[str, object]:
+    """The object in the content of a JSON file. Raises CadError for whatever is not one."""
+    try:
+        data = json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise CadError(f"is not UTF-8 text: byte {error.start} is wrong; save it as UTF-8 JSON") from error
     except RecursionError as error:

@@ -9,8 +9,9 @@ import ctypes
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import closing
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -37,7 +38,7 @@ def run_limited(
     workers: int,
     seconds: float,
     memory_mb: int = 4096,
-) -> Iterator[tuple[int, _Result | CadError]]:
+) -> Generator[tuple[int, _Result | CadError], None, None]:
     """Yield (index of the item, `fn(item)`) as results come in, in any order.
 
     `fn` must be importable by name, items and results picklable. An item for which `fn` raises CadError, runs
@@ -66,6 +67,37 @@ def run_limited(
     finally:
         pool.stop()
         pool.join()
+
+
+def run_in_order(
+    fn: Callable[[_Item], _Result],
+    items: Iterable[_Item],
+    *,
+    workers: int,
+    seconds: float,
+    memory_mb: int = 4096,
+) -> Generator[tuple[_Item, _Result | CadError], None, None]:
+    """`run_limited` with its results in the order of the items, each with its item.
+
+    What is finished behind an item that takes its time is held back: at most what all other workers do within
+    `seconds`.
+    """
+    waiting: dict[int, _Item] = {}
+
+    def noted() -> Iterator[_Item]:
+        for number, item in enumerate(items):
+            waiting[number] = item
+            yield item
+
+    finished: dict[int, _Result | CadError] = {}
+    following = 0
+    outcomes = run_limited(fn, noted(), workers=workers, seconds=seconds, memory_mb=memory_mb)
+    with closing(outcomes):
+        for number, outcome in outcomes:
+            finished[number] = outcome
+            while following in finished:
+                yield waiting.pop(following), finished.pop(following)
+                following += 1
 
 
 def _outcome(future: "Future[_Result | CadError]", seconds: float, memory_mb: int) -> _Result | CadError:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cad_mllm.cad import omnicad, synth
 from cad_mllm.data.atomic import make_writable, write_json
-from cad_mllm.data.captions import SOURCE_KEY
+from cad_mllm.data.captions import PROCEDURAL, SOURCE_KEY
 from cad_mllm.data.layout import CAPTION_KEY, JSON_FOLDER, TEXT_FOLDER
 from cad_mllm.data.order import stable_hash
 from cad_mllm.data.prepare import prepare
@@ -45,7 +45,7 @@ def write_dummy_data(
         sample_id = f"{number // _MODELS_PER_GROUP:04d}/{number:08d}_00001"
         program, caption = synth.make_program(stable_hash("dummy", seed, number) % 2**32)
         write_json(root / JSON_FOLDER / f"{sample_id}.json", omnicad.to_json(program))
-        entry = {"id": sample_id, CAPTION_KEY: caption, SOURCE_KEY: "procedural"}
+        entry = {"id": sample_id, CAPTION_KEY: caption, SOURCE_KEY: PROCEDURAL}
         captions.setdefault(sample_id.partition("/")[0], []).append(entry)
     for group, entries in captions.items():
         write_json(root / TEXT_FOLDER / f"{group}.json", entries)

@@ -48,6 +48,16 @@ def view_path(image_root: Path, sample_id: str, view: int) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """What is made of a model."""
+
+    points: int = 10_000
+    views: int = 8
+    size: int = 224
+    """Height and width of a view in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """The folders of one split. None: not given, for runs that do not need it."""
 

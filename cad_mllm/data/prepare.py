@@ -29,27 +29,17 @@ from cad_mllm.data.layout import (
     JSON_FOLDER,
     POINT_FOLDERS,
     TEXT_FOLDER,
+    ModelSettings,
     id_fault,
     view_path,
     walk_files,
 )
-from cad_mllm.data.order import stable_hash
 from cad_mllm.data.progress import SlowProgress
 from cad_mllm.errors import CadError, ConfigError, DataError
 
 REPORT_FILE = "prepare_report.json"
 
 _SETTINGS_FILE = "prepare_settings.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareSettings:
-    """What the files of a model look like."""
-
-    points: int = 8192
-    views: int = 8
-    size: int = 224
-    """Height and width of a view in pixels."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,7 @@ class _Job:
     id: str
     json_root: Path
     out: Path
-    settings: PrepareSettings
+    settings: ModelSettings
     captioned: bool
     """Whether a template caption is wanted."""
 
@@ -96,7 +86,7 @@ def prepare(
     txt_root: Path | None = None,
     workers: int,
     seconds: float = 60.0,
-    points: int = 8192,
+    points: int = 10_000,
     views: int = 8,
     size: int = 224,
 ) -> PrepareReport:
@@ -109,7 +99,7 @@ def prepare(
     with other settings.
     """
     started = time.monotonic()
-    settings = PrepareSettings(points=points, views=views, size=size)
+    settings = ModelSettings(points=points, views=views, size=size)
     ids = _model_ids(json_root)
     captions = None if txt_root is None else _read_caption_files(txt_root)
     _claim(out, settings)
@@ -168,7 +158,7 @@ def _model_ids(json_root: Path) -> list[str]:
     return ids
 
 
-def _claim(out: Path, settings: PrepareSettings) -> None:
+def _claim(out: Path, settings: ModelSettings) -> None:
     """Write the settings down, so that no later run mixes files of another kind into the folder."""
     make_writable(out, "--out")
     path = out / _SETTINGS_FILE
@@ -217,19 +207,16 @@ def _outputs(job: _Job) -> list[Path]:
 
 def _make(job: _Job, source: bytes, normalised: Normalised) -> None:
     # The geometry kernel is needed only where models are built: training on ready data does without.
-    from cad_mllm.cad import render, solid
+    from cad_mllm.data.build import build_model
 
     json_path, points_path, *view_paths = _outputs(job)
-    body = solid.build(normalised.program)
-    points_NC = body.sample(job.settings.points, seed=stable_hash("prepare", job.id) % 2**32)
-    images = render.render_views(body.mesh(), size=job.settings.size, views=job.settings.views)
+    points_NC, images = build_model(job.id, normalised, job.settings)
     for path in (json_path, points_path, *view_paths):
         path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(points_path) as temporary:
-        # half precision is finer than a tenth of the 10-bit grid, and half the disk
         np.savez(
             temporary,
-            points=points_NC.astype(np.float16),
+            points=points_NC,
             scale=np.float64(normalised.scale),
             center=np.asarray(normalised.center, dtype=np.float64),
         )
