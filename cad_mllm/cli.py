@@ -72,8 +72,8 @@ class PrepareArguments:
     """For shards: models in one file."""
     part: str = "0/1"
     """For shards: the share of this machine, 0/16 to 15/16. The last one to finish writes the index."""
-    tokenizer: Path | None = None
-    """For shards: folder of a language model's tokenizer.json; the report then counts its tokens."""
+    tokenizer: str = ""
+    """For shards: tokenizer of a language model (path or hub name); the report then counts its tokens."""
     workers: int = 0
     """Worker processes (0: one per core)."""
     seconds: float = 60.0
@@ -120,7 +120,7 @@ def _prepare_shards(arguments: PrepareArguments) -> ExitCode:
     from cad_mllm.data.quality import Tokenizer
 
     part, splits = Part.parse(arguments.part), Splits(arguments.split_file)
-    tokenizer = None if arguments.tokenizer is None else Tokenizer(arguments.tokenizer)
+    tokenizer = Tokenizer(arguments.tokenizer) if arguments.tokenizer else None
     if arguments.archive is not None:
         archive = open_archive(arguments.archive)
     else:

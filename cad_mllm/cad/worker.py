@@ -11,7 +11,7 @@ import resource
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -27,6 +27,8 @@ _Result = TypeVar("_Result")
 _QUEUED_PER_WORKER = 4
 """Items handed out ahead, so that no worker waits for this process; the rest of the iterable stays unread."""
 
+_M_ARENA_MAX = -8
+"""mallopt(3)."""
 _PR_SET_PDEATHSIG = 1
 """prctl(2): the signal to get when the parent dies."""
 
@@ -129,10 +131,37 @@ def _limit_worker(fn: Callable[[_Item], _Result], memory_mb: int) -> None:
     # Kernel code does not return to Python for minutes: only the default action stops it at once.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with_parent()
-    # Address space is what Linux limits reliably. Libraries map far more than they touch: count from here.
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    limit = mapped + memory_mb * 2**20
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    # One heap: each further thread would reserve another 64 MB.
+    ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+    # Writable private memory is what Linux limits reliably. Libraries have theirs already: count from here.
+    limit = _memory("VmData") + memory_mb * 2**20
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(
-        resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
+        resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard)
     )
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """Let libraries that first work in the body believe that the machine has one core.
+
+    TBB (embree, manifold) counts the cores that it may use once, and would start a thread for each of them in
+    every worker, where the workers are what keeps the cores busy.
+    """
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def peak_memory_mb() -> int:
+    """Most memory that this process has had resident (unlike `getrusage`, without that of who started it)."""
+    return _memory("VmHWM") // 2**20
+
+
+def _memory(name: str) -> int:
+    """A line of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 2**10 for line in lines if line.startswith(f"{name}:"))

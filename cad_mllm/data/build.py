@@ -8,16 +8,17 @@ Shapes: N points of a cloud, C = 6 channels (xyz, unit normal).
 
 import io
 import json
-import resource
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from PIL.Image import Image
 
-from cad_mllm.cad import omnicad, render, solid
+from cad_mllm.cad import codec, omnicad, render, solid
 from cad_mllm.cad.jsonfile import loads
 from cad_mllm.cad.normalise import Normalised, normalise
+from cad_mllm.cad.worker import on_one_core, peak_memory_mb
 from cad_mllm.data.archive import Caption, is_text
 from cad_mllm.data.captions import TEMPLATE, count_curves, template_caption
 from cad_mllm.data.layout import ModelSettings
@@ -64,8 +65,17 @@ class BuiltRow:
     """Memory of the worker that made it, at its highest."""
 
 
+@cache
+def _warm_up() -> None:
+    """Build a square plate, so that all libraries have met the one core that a worker is for."""
+    plate = normalise(codec.decode("NZ0,0,127,254,254E60P0,0H254V254H0"))
+    with on_one_core():
+        build_model("warm-up", plate, ModelSettings(points=8, views=1, size=8))
+
+
 def build_row(job: RowJob) -> BuiltRow:
     """In a worker process. Raises CadError for a model that cannot be built."""
+    _warm_up()
     data = loads(job.content)
     normalised = normalise(omnicad.parse(data))
     program = normalised.program
@@ -94,7 +104,7 @@ def build_row(job: RowJob) -> BuiltRow:
         operations=Counter(extrude.operation.value for extrude in program.extrudes),
         extents=Counter(extrude.extent.type.value for extrude in program.extrudes),
         curves=curves,
-        peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**10,
+        peak_mb=peak_memory_mb(),
     )
 
 

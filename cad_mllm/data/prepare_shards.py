@@ -41,7 +41,7 @@ from cad_mllm.data.survey import Plan, PlannedShard, make_plan, survey
 from cad_mllm.errors import CadError, ConfigError, DataError
 
 MEMORY_MB = 300
-"""What one model may add to the 290 MB that a worker has with the geometry kernel loaded."""
+"""What one model may add to the 300 MB that a worker has with the geometry kernel loaded: 600 MB in all."""
 
 REJECTED_FILE = "rejected.jsonl"
 REPORT_FILE = "report.html"

@@ -5,6 +5,7 @@ It follows from the data alone (no times, no machine), so that it too is the sam
 
 import base64
 import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-import tokenizers
 
 from cad_mllm.data.archive import Captions, Rejected
 from cad_mllm.data.atomic import atomic_path
@@ -35,17 +35,18 @@ STAGES: Mapping[str, str] = {
 class Tokenizer:
     """Counts tokens with the tokenizer of a language model, for the report."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read `tokenizer.json` of a folder. Raises ConfigError if it cannot be."""
-        path = folder / "tokenizer.json"
+    def __init__(self, name: str) -> None:
+        """Load it by path or hub name. Raises ConfigError if it cannot be had."""
+        from transformers import AutoTokenizer  # it brings torch, which nothing else here needs
+
         try:
-            self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises a bare Exception for a file that it does not know
-            raise ConfigError(
-                f"--tokenizer {folder} has no tokenizer.json that can be read: {error}"
-            ) from error
-        self.name = folder.name
+            self._tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # the library and the hub client raise many types
+            detail = str(error).partition("\n")[0]
+            raise ConfigError(f"--tokenizer {name} cannot be loaded: {detail}") from error
+        self.name = Path(name).name
+        vocabulary = sorted(self._tokenizer.get_vocab().items())
+        self.fingerprint = hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
     def count(self, text: str) -> int:
         """Tokens of a text."""
