@@ -286,6 +286,22 @@ def test_preparing_the_data_uses_the_cores_that_it_asks_for() -> None:
     ] is False
 
 
+def test_each_index_of_preparing_the_data_makes_its_part() -> None:
+    """And what a retry cannot mend fails the job, while a pod that the cluster moved does not count."""
+    objects = render("prepare-data")
+    job = of_kind(objects, "Job")["spec"]
+    (pod,) = pods_of(objects)
+    arguments = pod.main["args"]
+    assert job["completionMode"] == "Indexed"
+    assert arguments[arguments.index("--part") + 1] == f"$(JOB_COMPLETION_INDEX)/{job['completions']}"
+    fetched = pod.containers[0]["args"]
+    folder, file = fetched[fetched.index("--local-dir") + 1], fetched[-1]
+    assert arguments[arguments.index("--archive") + 1] == f"{folder}/{file}"
+    ignored, failed = job["podFailurePolicy"]["rules"]
+    assert (ignored["action"], ignored["onPodConditions"]) == ("Ignore", [{"type": "DisruptionTarget"}])
+    assert (failed["action"], failed["onExitCodes"]["values"]) == ("FailJob", [2, 3])
+
+
 def test_preparing_the_models_fetches_what_the_trainer_names() -> None:
     (pod,) = pods_of(render("prepare-model"))
     fetched = [container["args"] for container in pod.containers]
