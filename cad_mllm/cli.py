@@ -116,8 +116,9 @@ def _prepare_shards(arguments: PrepareArguments) -> ExitCode:
 
     from cad_mllm.data.archive import Splits, open_archive, open_folders
     from cad_mllm.data.layout import ModelSettings
-    from cad_mllm.data.prepare_shards import Part, prepare_shards, print_shards_report
+    from cad_mllm.data.prepare_shards import prepare_shards, print_shards_report
     from cad_mllm.data.quality import Tokenizer
+    from cad_mllm.data.survey import Part
 
     part, splits = Part.parse(arguments.part), Splits(arguments.split_file)
     tokenizer = Tokenizer(arguments.tokenizer) if arguments.tokenizer else None

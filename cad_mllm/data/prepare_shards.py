@@ -37,7 +37,7 @@ from cad_mllm.data.progress import SlowProgress
 from cad_mllm.data.quality import ShardCounts, Tokenizer, write_quality_report
 from cad_mllm.data.records import locked, read_record, write_record
 from cad_mllm.data.shards import FORMAT, Manifest, Shard, ShardWriter, shard_fault, write_manifest
-from cad_mllm.data.survey import Plan, PlannedShard, make_plan, survey
+from cad_mllm.data.survey import Part, Plan, PlannedShard, make_plan, survey
 from cad_mllm.errors import CadError, ConfigError, DataError
 
 MEMORY_MB = 300
@@ -46,26 +46,6 @@ MEMORY_MB = 300
 REJECTED_FILE = "rejected.jsonl"
 REPORT_FILE = "report.html"
 _STATE = "prepare"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """The share of a pod: shards `number`, `number + of`, ..."""
-
-    number: int = 0
-    of: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.number < self.of:
-            raise ConfigError(f"--part {self.number}/{self.of}: parts count from 0 to {self.of - 1}")
-
-    @classmethod
-    def parse(cls, text: str) -> "Part":
-        """From `3/16`. Raises ConfigError for anything else."""
-        number, slash, of = text.partition("/")
-        if not (slash and number.isascii() and number.isdigit() and of.isascii() and of.isdigit()):
-            raise ConfigError(f"--part {text}: give it as NUMBER/OF, from 0/16 to 15/16")
-        return cls(number=int(number), of=int(of))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,12 +129,14 @@ def prepare_shards(
         }
         _claim(out, made_of)
         captions = archive.captions()
-        read = survey(archive, splits, state, workers=workers, seconds=seconds, part=part.number)
-        plan = make_plan(archive, splits, read, rows)
-        own = [shard for number, shard in enumerate(plan.shards) if number % part.of == part.number]
-        missing = _not_there(out, own)
-        work = _Work(archive, captions, out, settings, tokenizer, missing)
-        work.run(workers=workers, seconds=seconds)
+        # A cluster that has lost sight of a node may start a pod again while the first one still works.
+        with locked(state, f"part-{part.number}-{part.of}"):
+            read = survey(archive, splits, state, workers=workers, seconds=seconds, part=part)
+            plan = make_plan(archive, splits, read, rows)
+            own = [shard for number, shard in enumerate(plan.shards) if number % part.of == part.number]
+            missing = _not_there(out, own)
+            work = _Work(archive, captions, out, settings, tokenizer, missing)
+            work.run(workers=workers, seconds=seconds)
         absent = tuple(shard.file for shard in plan.shards if _Finished.read(out, shard) is None)
         finished, rejected = ([], []) if absent else _merge(out, plan, captions, settings, tokenizer)
     except OSError as error:
@@ -284,10 +266,14 @@ class _Work:
     def _jobs(self) -> Iterator[RowJob]:
         for shard in self._shards.values():
             for sample_id in shard.ids:
+                try:
+                    content = self._archive.read(sample_id)
+                except CadError as error:
+                    raise DataError(f"{sample_id} could be read before, and now: {error}") from error
                 yield RowJob(
                     shard=shard.file,
                     id=sample_id,
-                    content=self._archive.read(sample_id),
+                    content=content,
                     caption=self._captions.by_id.get(sample_id),
                     settings=self._settings,
                 )

@@ -1,7 +1,7 @@
 """Small files by which a run tells later runs, and other pods, what it finished: whole, or not there.
 
 Several pods may write the same record: what is in it follows from the input alone, and a lock keeps them
-apart. The lock file stays.
+apart. The lock files stay.
 """
 
 import fcntl
@@ -14,14 +14,12 @@ from typing import Any
 
 from cad_mllm.data.atomic import atomic_path
 
-_LOCK = ".lock"
-
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One process at a time, of all that use this folder (on a volume that several nodes share too)."""
+def locked(folder: Path, what: str = "records") -> Iterator[None]:
+    """One process at a time, of all that name the same in this folder (shared by several nodes, too)."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / _LOCK).open("wb") as lock:
+    with (folder / f".{what}.lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

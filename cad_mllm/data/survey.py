@@ -23,12 +23,32 @@ from cad_mllm.data.archive import Archive, Rejected, Splits
 from cad_mllm.data.layout import Split
 from cad_mllm.data.progress import SlowProgress
 from cad_mllm.data.records import read_record, write_record
-from cad_mllm.errors import CadError
+from cad_mllm.errors import CadError, ConfigError
 
 MODELS_PER_CHUNK = 4096
 """What is read again, at most, after a kill."""
 MEMORY_MB = 300
 """What reading one model may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The share of a pod: shards `number`, `number + of`, ..."""
+
+    number: int = 0
+    of: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.of:
+            raise ConfigError(f"--part {self.number}/{self.of}: parts count from 0 to {self.of - 1}")
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """From `3/16`. Raises ConfigError for anything else."""
+        number, slash, of = text.partition("/")
+        if not (slash and number.isascii() and number.isdigit() and of.isascii() and of.isdigit()):
+            raise ConfigError(f"--part {text}: give it as NUMBER/OF, from 0/16 to 15/16")
+        return cls(number=int(number), of=int(of))
 
 
 @dataclass(frozen=True)
@@ -81,15 +101,15 @@ def command_text(program: CadProgram, bits: int) -> str | None:
 
 
 def survey(
-    archive: Archive, splits: Splits, folder: Path, *, workers: int, seconds: float, part: int
+    archive: Archive, splits: Splits, folder: Path, *, workers: int, seconds: float, part: Part
 ) -> list[_Read]:
     """Read every model of a split, in the order of the ids. `folder` has the records of finished chunks.
 
-    `part` tells where to begin, so that several pods do not all read the same.
+    Each part begins with its own share, so that several pods do not all read the same.
     """
     ids = [sample_id for sample_id in archive.ids if splits.of(sample_id) is not None]
     chunks = [ids[start : start + MODELS_PER_CHUNK] for start in range(0, len(ids), MODELS_PER_CHUNK)]
-    first = part % max(1, len(chunks))
+    first = len(chunks) * part.number // part.of
     with SlowProgress("Reading models", len(ids)) as progress:
 
         def jobs() -> Iterator[_Job]:
@@ -129,9 +149,13 @@ def _read(job: _Job) -> _Read:
         program = normalise(omnicad.parse(loads(job.content))).program
     except CadError as error:
         return _Read(job.id, None, "parse", str(error))
-    text = command_text(program, 8) or command_text(program, 10)
+    for bits in (8, 10):
+        text = command_text(program, bits)
+        if text is not None:
+            break
     # A model that neither width can hold is like no other one.
-    return _Read(job.id, hashlib.sha256((text or f"id {job.id}").encode()).hexdigest()[:32])
+    same = (bits, text) if text is not None else (0, job.id)
+    return _Read(job.id, hashlib.sha256(repr(same).encode()).hexdigest()[:32])
 
 
 def make_plan(archive: Archive, splits: Splits, read: Sequence[_Read], rows: int) -> Plan:
