@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cad_mllm.cad.worker import run_limited
+from cad_mllm.cad.worker import on_one_core, peak_memory_mb, run_in_order, run_limited
 from cad_mllm.errors import CadError
 
 
@@ -71,7 +71,7 @@ def test_results_stream_and_leaving_early_ends_the_workers() -> None:
 def test_workers_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
-        "from cad_mllm.cad.worker import run_limited\n"
+        "from cad_mllm.cad.worker import on_one_core, peak_memory_mb, run_in_order, run_limited\n"
         "from tests.cad.test_worker import pid_after\n"
         "if __name__ == '__main__':\n"
         "    for _, pid in run_limited(pid_after, [0.0, 60.0, 60.0], workers=1, seconds=100):\n"
@@ -110,3 +110,37 @@ def test_a_long_iterable_is_read_only_as_far_as_needed() -> None:
 
 def test_no_items_no_results() -> None:
     assert list(run_limited(misbehave, [], workers=2, seconds=1)) == []
+
+
+def slow_first(item: int) -> tuple[int, int]:
+    """The first takes longest, so that the others are finished before it."""
+    time.sleep(1.0 if item == 0 else 0.0)
+    if item == 2:
+        raise CadError("this model is bad")
+    return item, peak_memory_mb()
+
+
+def test_results_come_in_the_order_of_the_items_if_asked_for() -> None:
+    ballast = bytearray(300 * 2**20)  # of the parent, which is no memory of the workers
+    found = list(run_in_order(slow_first, iter(range(5)), workers=2, seconds=10))
+    assert [item for item, _ in found] == [0, 1, 2, 3, 4]
+    assert isinstance(found[2][1], CadError)
+    for item, outcome in found[:2] + found[3:]:
+        assert not isinstance(outcome, CadError)
+        assert outcome[0] == item
+        assert 5 < outcome[1] < 300
+    assert len(ballast) == 300 * 2**20
+
+
+def test_leaving_early_in_order_ends_the_workers_too() -> None:
+    stream = run_in_order(slow_first, range(1, 100), workers=2, seconds=10)
+    next(stream)
+    stream.close()
+    assert not multiprocessing.active_children()
+
+
+def test_one_core_is_all_there_is_within_the_block() -> None:
+    before = os.sched_getaffinity(0)
+    with on_one_core():
+        assert len(os.sched_getaffinity(0)) == 1
+    assert os.sched_getaffinity(0) == before

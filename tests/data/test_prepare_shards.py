@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -22,12 +23,15 @@ from rich.console import Console
 
 from cad_mllm.cad import codec, omnicad, synth, worker
 from cad_mllm.cad.normalise import normalise
+from cad_mllm.data import build as build_module
 from cad_mllm.data.archive import Splits, open_archive
 from cad_mllm.data.layout import ModelSettings
 from cad_mllm.data.prepare_shards import ShardsReport, prepare_shards, print_shards_report
+from cad_mllm.data.quality import Tokenizer
 from cad_mllm.data.shards import ShardedSplit, read_manifest, verify
 from cad_mllm.data.survey import Part
 from cad_mllm.errors import CadError, ConfigError, DataError
+from cad_mllm.model.presets import byte_tokenizer
 
 from .conftest import contents
 
@@ -269,6 +273,40 @@ def test_points_alone_need_no_views(archive: Path, tmp_path: Path) -> None:
     assert "made without views" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("here")
+def test_a_model_that_cannot_be_built_is_left_out_of_its_shard(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = build_module.build_model
+
+    def refuse(sample_id: str, *arguments: Any) -> Any:
+        if sample_id in (IDS[1], IDS[2], IDS[3]):
+            raise CadError("the CAD kernel found no surface to triangulate")
+        return real(sample_id, *arguments)
+
+    monkeypatch.setattr(build_module, "build_model", refuse)
+    report = run(archive, tmp_path / "out")
+    assert report.rejected["build"] == 3
+    assert list(ShardedSplit(tmp_path / "out", "train").ids) == [IDS[0], IDS[4], IDS[5]]
+    files = [shard.file for shard in read_manifest(tmp_path / "out").splits["train"]]
+    assert files == ["train/00000.arrow", "train/00002.arrow"], "an empty shard is no shard"
+    assert "no surface to triangulate" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("here")
+def test_tokens_are_counted_with_the_tokenizer_that_is_named(archive: Path, tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path / "bytes")
+    run(archive, tmp_path / "out", tokenizer=Tokenizer(str(tmp_path / "bytes")))
+    html = (tmp_path / "out" / "report.html").read_text()
+    notes = re.findall(
+        r"<h3>(Tokens|Characters) of the command text, 8 bits.*?</h3><p class=.note.>(.*?)</p>", html
+    )
+    (_, tokens), (_, characters) = notes
+    assert tokens == characters, "a byte is a token"
+    with pytest.raises(ConfigError, match="--tokenizer"):
+        Tokenizer(str(tmp_path / "none"))
+
+
 @pytest.mark.parametrize("text", ["1", "1/", "/2", "a/b", "-1/2", "2/2", "0/0", "1/2/3", "¹/²"])
 def test_a_part_is_a_number_of_a_number(text: str) -> None:
     with pytest.raises(ConfigError, match="--part"):
@@ -287,28 +325,30 @@ def command(path: Path, out: Path) -> list[str]:
     return [sys.executable, "-c", call]
 
 
-def kill_at_random(path: Path, out: Path, rng: random.Random, kills: int, undisturbed: float) -> int:
-    """Start the command and kill it and its workers, again and again; returns how many kills met it alive."""
-    met = 0
-    for _ in range(kills):
+def check_kills(path: Path, tmp_path: Path, kills: int) -> None:
+    """Kill the command and its workers `kills` times as they run; a folder that gets finished is compared."""
+    rng = random.Random(7)
+    started = time.monotonic()
+    subprocess.run(command(path, tmp_path / "undisturbed"), check=True, capture_output=True)
+    undisturbed = time.monotonic() - started
+    expected = whole(tmp_path / "undisturbed")
+    folder = 0
+    while kills:
+        out = tmp_path / str(folder)
         process = subprocess.Popen(
             command(path, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        time.sleep(rng.uniform(0.3, 1.0) * undisturbed)
-        met += process.poll() is None
-        if process.poll() is None:
+        try:
+            process.wait(rng.uniform(0.2, 1.0) * undisturbed)
+        except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return met
-
-
-def check_kills(path: Path, tmp_path: Path, kills: int) -> None:
-    started = time.monotonic()
-    subprocess.run(command(path, tmp_path / "undisturbed"), check=True, capture_output=True)
-    met = kill_at_random(path, tmp_path / "out", random.Random(7), kills, time.monotonic() - started)
-    assert met >= 1
-    subprocess.run(command(path, tmp_path / "out"), check=True, capture_output=True)
-    assert whole(tmp_path / "out") == whole(tmp_path / "undisturbed")
+            kills -= process.wait() == -signal.SIGKILL
+            continue
+        assert process.returncode == 0
+        assert whole(out) == expected
+        folder += 1
+    subprocess.run(command(path, tmp_path / str(folder)), check=True, capture_output=True)
+    assert whole(tmp_path / str(folder)) == expected
 
 
 @pytest.mark.distributed
