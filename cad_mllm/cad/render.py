@@ -61,6 +61,7 @@ class _Surface:
     """What the rays hit: the scene, and per triangle its smooth patch and the unit normals at its corners."""
 
     scene: Any
+    vertices: FloatArray
     patch_F: NDArray[np.int64]
     normals_FKC: NDArray[np.float32]
 
@@ -69,7 +70,7 @@ class _Surface:
         scene = EmbreeScene()
         TriangleMesh(scene, mesh.vertices[mesh.faces].astype(np.float32))
         patch_F = _smooth_patches(mesh)
-        return _Surface(scene, patch_F, _corner_normals(mesh, patch_F))
+        return _Surface(scene, mesh.vertices, patch_F, _corner_normals(mesh, patch_F))
 
 
 def _smooth_patches(mesh: Mesh) -> NDArray[np.int64]:
@@ -116,27 +117,46 @@ def _camera(azimuth: float, elevation: float) -> FloatArray:
 
 
 def _render(surface: _Surface, camera: FloatArray, size: int) -> NDArray[np.uint8]:
-    fine = size * SUPERSAMPLING
-    steps = ((np.arange(fine) + 0.5) / fine * 2 - 1) * HALF_WIDTH
-    right_HW, up_HW = np.meshgrid(steps, -steps)
-    offsets_RC = np.stack([right_HW.ravel(), up_HW.ravel(), np.full(fine * fine, _CAMERA_DISTANCE)], axis=1)
+    image = np.full((size, size, 3), 255, dtype=np.uint8)
+    rows, columns = _covered(surface, camera, size)
+    height, width = (rows.stop - rows.start) * SUPERSAMPLING, (columns.stop - columns.start) * SUPERSAMPLING
+    if not height or not width:
+        return image
+    steps = ((np.arange(size * SUPERSAMPLING) + 0.5) / (size * SUPERSAMPLING) * 2 - 1) * HALF_WIDTH
+    steps_HS = steps.reshape(size, SUPERSAMPLING)
+    right_HW, up_HW = np.meshgrid(steps_HS[columns].ravel(), -steps_HS[rows].ravel())
+    offsets_RC = np.stack(
+        [right_HW.ravel(), up_HW.ravel(), np.full(height * width, _CAMERA_DISTANCE)], axis=1
+    )
     origins_RC = (offsets_RC @ camera).astype(np.float32)
     directions_RC = np.broadcast_to((-camera[2]).astype(np.float32), origins_RC.shape)
     hit = surface.scene.run(origins_RC, np.ascontiguousarray(directions_RC), output=True)
 
     face_R = hit["primID"]
     (seen,) = np.nonzero(face_R >= 0)
-    colors_RC = np.ones((fine * fine, 3), dtype=np.float32)
+    colors_RC = np.ones((height * width, 3), dtype=np.float32)
     colors_RC[seen] = _shade(surface, camera, face_R[seen], hit["u"][seen], hit["v"][seen])
-    patch_R = np.full(fine * fine, -1)
+    patch_R = np.full(height * width, -1)
     patch_R[seen] = surface.patch_F[face_R[seen]]
-    depth_HW = np.minimum(hit["tfar"], 2 * _CAMERA_DISTANCE).reshape(fine, fine)
-    edge_HW = _edges(patch_R.reshape(fine, fine), depth_HW)
-    colors_HWC = colors_RC.reshape(fine, fine, 3)
+    depth_HW = np.minimum(hit["tfar"], 2 * _CAMERA_DISTANCE).reshape(height, width)
+    edge_HW = _edges(patch_R.reshape(height, width), depth_HW)
+    colors_HWC = colors_RC.reshape(height, width, 3)
     colors_HWC[edge_HW] = _EDGE_COLOR
-    blocks = colors_HWC.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3)
-    image: NDArray[np.uint8] = np.rint(blocks.mean(axis=(1, 3)) * 255).astype(np.uint8)
+    blocks = colors_HWC.reshape(-1, SUPERSAMPLING, width // SUPERSAMPLING, SUPERSAMPLING, 3)
+    image[rows, columns] = np.rint(blocks.mean(axis=(1, 3)) * 255)
     return image
+
+
+def _covered(surface: _Surface, camera: FloatArray, size: int) -> tuple[slice, slice]:
+    """Rows and columns of pixels that the surface and its edges can be on; all others are background."""
+
+    def span(position_V: FloatArray) -> slice:
+        pixels = (position_V / HALF_WIDTH + 1) / 2 * size
+        low, high = math.floor(pixels.min()) - 1, math.ceil(pixels.max()) + 1
+        start = min(max(low, 0), size)
+        return slice(start, max(start, min(high, size)))
+
+    return span(-surface.vertices @ camera[1]), span(surface.vertices @ camera[0])
 
 
 def _shade(
