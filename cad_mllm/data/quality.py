@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from cad_mllm.data.atomic import atomic_path
 from cad_mllm.data.shards import Manifest, ShardedSplit
 from cad_mllm.errors import ConfigError
 
+_PARTICULAR = re.compile(r"'[^']*'|(?<![\w-])[-+]?\d(?:[\w/.,]|(?<=e)[-+])*")
 PICTURES = 48
 """Models on the page of pictures, taken evenly from all."""
 STAGES: Mapping[str, str] = {
@@ -158,11 +160,7 @@ def _by_reason(rejected: Sequence[Rejected]) -> list[tuple[str, int]]:
 
 def _general(reason: str) -> str:
     """What several models have in common: without quoted names, ids and numbers."""
-    words = [
-        "…" if any(char.isdigit() for char in word) or word.startswith(("'", "(")) else word
-        for word in reason.split()
-    ]
-    return " ".join(word for word, _ in groupby(words))[:120]
+    return _PARTICULAR.sub("…", reason)[:120]
 
 
 def _charts(counts: Sequence[ShardCounts], tokenizer: Tokenizer | None) -> list[_Chart]:
