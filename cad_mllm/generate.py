@@ -27,7 +27,6 @@ from cad_mllm.data.collate import Batch, Sample, collate, image_array, select_po
 from cad_mllm.data.progress import SlowProgress
 from cad_mllm.data.sequence import (
     MODALITIES,
-    Modality,
     SequenceSpec,
     bos_ids,
     eos_id,
@@ -181,16 +180,13 @@ class Generator:
     def _sample(self, given: Input) -> Sample:
         tokenizer, spec = self._built.tokenizer, self._spec
         image = points = None
-        present: set[Modality] = set()
         if given.image is not None:
             image = image_array(given.image.convert("RGB"), spec)
-            present.add("image")
         if given.points_NC is not None:
             points = select_points(given.points_NC, spec, _POINT_DRAW)
-            present.add("points")
         bos, prompt = bos_ids(tokenizer), prompt_ids(tokenizer, [given.caption])[0]
         start = target_ids(tokenizer, [given.start])[0][:-1]  # without EOS
-        length = len(bos) + spec.modality_tokens(present) + len(prompt) + len(start)
+        length = len(bos) + spec.modality_tokens(MODALITIES[given.combo]) + len(prompt) + len(start)
         if length >= spec.max_seq_length:
             raise DataError(
                 f"the input takes {length} tokens of the {spec.max_seq_length} that the model was trained "
@@ -198,7 +194,7 @@ class Generator:
             )
         return Sample(
             id="input",
-            combo=next(combo for combo, modalities in MODALITIES.items() if modalities == present),
+            combo=given.combo,
             bos=bos,
             prompt=prompt,
             target=start,
@@ -386,6 +382,9 @@ class Generated:
     """Why there is no solid; None if there is one."""
     was_cut: bool
     """The program had to end where it does."""
+    modalities: str
+    """What the model was given, such as `text+points`; empty if it was given nothing."""
+    caption: str
 
 
 def generate_file(checkpoint: Path, out: Path, given: Unread, settings: GenerateSettings) -> None:
@@ -422,7 +421,9 @@ def generate_folder(
             try:
                 usable[one] = generator.usable(inputs[one].read(), settings.max_new_tokens)
             except DataError as error:
-                results[one] = Generated(id=one, error=str(error), was_cut=False)
+                results[one] = Generated(
+                    id=one, error=str(error), was_cut=False, modalities="", caption=inputs[one].caption
+                )
         for result in _generate_and_write(generator, out, usable, settings):
             results[result.id] = result
     ordered = [results[one] for one in ids]
@@ -445,7 +446,16 @@ def _generate_and_write(
     )
     outputs = dict(zip(inputs, generated, strict=True))
     errors = write_outputs(out, outputs, workers=settings.workers)
-    return [Generated(id=one, error=errors[one], was_cut=outputs[one].was_cut) for one in outputs]
+    return [
+        Generated(
+            id=one,
+            error=errors[one],
+            was_cut=outputs[one].was_cut,
+            modalities=given.combo,
+            caption=given.caption,
+        )
+        for one, given in inputs.items()
+    ]
 
 
 def print_generated(results: Sequence[Generated], out: Path, console: Console) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from cad_mllm.data.check import read_candidates
 from cad_mllm.data.files import FloatArray, UnusableFileError, load_image, load_points
 from cad_mllm.data.layout import JSON_FOLDER, POINT_SUFFIXES, TEXT_FOLDER, Source, walk_files
+from cad_mllm.data.sequence import MODALITIES, Combo
 from cad_mllm.data.shards import ShardedSplit, is_sharded, read_manifest
 from cad_mllm.data.stores import Shards
 from cad_mllm.errors import DataError
@@ -31,6 +32,13 @@ class Input:
     image: Image.Image | None = None
     start: str = ""
     """Command text that the program begins with."""
+
+    @property
+    def combo(self) -> Combo:
+        """What is given, as training calls it."""
+        points, image = self.points_NC is not None, self.image is not None
+        given = {name for name, there in (("points", points), ("image", image)) if there}
+        return next(combo for combo, modalities in MODALITIES.items() if modalities == given)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -246,6 +246,9 @@ def test_a_folder_of_inputs_becomes_a_folder_of_programs(
             assert (out / f"{one.id}.step").is_file() == (one.error is None)
     lines = [json.loads(line) for line in (out / "generated.jsonl").read_text().splitlines()]
     assert lines == [asdict(one) for one in results]
+    made_from = {line["id"]: (line["modalities"], line["caption"]) for line in lines}
+    assert made_from["all0"] == ("text+points+image", "A ring.")
+    assert made_from["more/cloud0"] == ("text+points", "") and made_from["broken"] == ("", "")
     print_generated(results, out, Console(width=120))
     assert "broken" in capsys.readouterr().out
 
