@@ -254,10 +254,12 @@ def make_dummy(argv: Sequence[str]) -> ExitCode:
     _require("--num_samples", arguments.num_samples, 1)
     _require("--seed", arguments.seed, 0)
     _require("--workers", arguments.workers, 0)
+    from cad_mllm.cad.synth import Complexity
     from cad_mllm.data.dummy import write_dummy_data
 
     write_dummy_data(
         arguments.out,
+        complexity=Complexity.REAL,
         num_samples=arguments.num_samples,
         seed=arguments.seed,
         workers=arguments.workers or os.cpu_count() or 1,

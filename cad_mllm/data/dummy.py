@@ -23,6 +23,7 @@ def write_dummy_data(
     seed: int,
     workers: int,
     *,
+    complexity: synth.Complexity = synth.Complexity.SIMPLE,
     points: int = POINTS,
     views: int = 8,
     size: int = 224,
@@ -35,7 +36,14 @@ def write_dummy_data(
     A folder that this wrote completely with the same arguments is left alone, one that was interrupted is
     completed. Raises ConfigError for a folder with other contents.
     """
-    wanted = {"num_samples": num_samples, "seed": seed, "points": points, "views": views, "size": size}
+    wanted: dict[str, int | str] = {
+        "num_samples": num_samples,
+        "seed": seed,
+        "complexity": complexity.value,
+        "points": points,
+        "views": views,
+        "size": size,
+    }
     marker = root / _MARKER
     if _claimed(root, marker, wanted):
         return
@@ -43,7 +51,7 @@ def write_dummy_data(
     captions: dict[str, list[dict[str, str]]] = {}
     for number in range(num_samples):
         sample_id = f"{number // _MODELS_PER_GROUP:04d}/{number:08d}_00001"
-        program, caption = synth.make_program(stable_hash("dummy", seed, number) % 2**32)
+        program, caption = synth.make_program(stable_hash("dummy", seed, number) % 2**32, complexity)
         write_json(root / JSON_FOLDER / f"{sample_id}.json", omnicad.to_json(program))
         entry = {"id": sample_id, CAPTION_KEY: caption, SOURCE_KEY: PROCEDURAL}
         captions.setdefault(sample_id.partition("/")[0], []).append(entry)
@@ -64,7 +72,7 @@ def write_dummy_data(
     write_json(marker, {**wanted, "complete": True})
 
 
-def _claimed(root: Path, marker: Path, wanted: dict[str, int]) -> bool:
+def _claimed(root: Path, marker: Path, wanted: dict[str, int | str]) -> bool:
     """Whether the folder is complete; ConfigError if it holds something else."""
     make_writable(root, "the folder for dummy data,")
     if all(path.name.startswith(".") for path in root.iterdir()):  # or begun and killed at once

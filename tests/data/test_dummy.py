@@ -82,7 +82,8 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
 def test_other_data_are_not_mixed_in(change: dict[str, int], tmp_path: Path) -> None:
     root = tmp_path / "dummy"
     root.mkdir()
-    marker = {"num_samples": 3, "seed": 1, "points": 64, "views": 2, "size": 32, "complete": True}
+    marker = {"num_samples": 3, "seed": 1, "complexity": "simple", "points": 64, "views": 2, "size": 32}
+    marker["complete"] = True
     (root / "dummy_data.json").write_text(json.dumps(marker))
     write_dummy_data(root, 3, seed=1, workers=1)
     with pytest.raises(ConfigError, match=str(root)):

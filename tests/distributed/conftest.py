@@ -10,7 +10,7 @@ from PIL import Image
 from cad_mllm.cad import omnicad, synth
 from cad_mllm.cad.mesh import mesh_by_manifold
 
-SHORT_SEEDS = (40, 115, 56, 97, 3, 132, 10, 51)
+SHORT_SEEDS = (11, 23, 0, 19, 3, 25, 1, 51)
 """Procedural models with short programs: these tests compare numbers, and bf16 is slow on a CPU."""
 NUM_SAMPLES = len(SHORT_SEEDS)
 
