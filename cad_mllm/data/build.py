@@ -1,7 +1,7 @@
 """One model of a data set, from its JSON: points with normals, views, command texts.
 
-Meant for worker processes (`cad_mllm.cad.worker`). This module imports the geometry kernel: training on ready
-data does without it, so import it where models are built, not before.
+Meant for worker processes (`cad_mllm.cad.worker`). This module imports what builds and draws: training on
+ready data does without it, so import it where models are built, not before.
 
 Shapes: N points of a cloud, C = 6 channels (xyz, unit normal).
 """
@@ -11,13 +11,15 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 
 import numpy as np
 from PIL.Image import Image
 
-from cad_mllm.cad import codec, omnicad, render, solid
+from cad_mllm.cad import codec, omnicad, render
 from cad_mllm.cad.jsonfile import loads
 from cad_mllm.cad.normalise import Normalised, normalise
+from cad_mllm.cad.surface import Kernel, installed_kernel, surface_of
 from cad_mllm.cad.worker import on_one_core, peak_memory_mb
 from cad_mllm.data.archive import Caption, is_text
 from cad_mllm.data.captions import TEMPLATE, count_curves, template_caption
@@ -27,12 +29,16 @@ from cad_mllm.data.shards import HalfArray, ModelRow
 from cad_mllm.data.survey import command_text
 from cad_mllm.errors import CadError
 
+if installed_kernel() is Kernel.OPENCASCADE:
+    # Now, though it is used later: a worker's memory limit counts from where its imports end.
+    import_module("cad_mllm.cad.solid")
+
 
 def build_model(
-    sample_id: str, normalised: Normalised, settings: ModelSettings
+    sample_id: str, normalised: Normalised, settings: ModelSettings, kernel: Kernel = Kernel.OPENCASCADE
 ) -> tuple[HalfArray, list[Image]]:
     """Points (N, 6) and views of a model. Raises CadError for one that cannot be built."""
-    body = solid.build(normalised.program)
+    body = surface_of(normalised.program, kernel)
     points_NC = body.sample(settings.points, seed=stable_hash("prepare", sample_id) % 2**32)
     images = (
         render.render_views(body.mesh(), size=settings.size, views=settings.views) if settings.views else []

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from cad_mllm.cad import omnicad
 from cad_mllm.cad.normalise import Normalised, normalise
+from cad_mllm.cad.surface import Kernel
 from cad_mllm.cad.worker import run_limited
 from cad_mllm.data.atomic import atomic_path, make_writable, write_json
 from cad_mllm.data.captions import SOURCE_KEY, TEMPLATE, template_caption
@@ -69,6 +70,7 @@ class _Job:
     json_root: Path
     out: Path
     settings: ModelSettings
+    kernel: Kernel
     captioned: bool
     """Whether a template caption is wanted."""
 
@@ -89,6 +91,7 @@ def prepare(
     points: int = 10_000,
     views: int = 8,
     size: int = 224,
+    kernel: Kernel = Kernel.OPENCASCADE,
 ) -> PrepareReport:
     """Make `out/{json,txt,pcd,img}` from the models below `json_root`, each within `seconds`.
 
@@ -103,7 +106,7 @@ def prepare(
     ids = _model_ids(json_root)
     captions = None if txt_root is None else _read_caption_files(txt_root)
     _claim(out, settings)
-    jobs = [_Job(sample_id, json_root, out, settings, captions is None) for sample_id in ids]
+    jobs = [_Job(sample_id, json_root, out, settings, kernel, captions is None) for sample_id in ids]
     done: dict[str, _Done] = {}
     failed: list[Failed] = []
     with SlowProgress("Preparing models", len(jobs)) as progress:
@@ -206,11 +209,11 @@ def _outputs(job: _Job) -> list[Path]:
 
 
 def _make(job: _Job, source: bytes, normalised: Normalised) -> None:
-    # The geometry kernel is needed only where models are built: training on ready data does without.
+    # What builds and draws is needed only where models are built: training on ready data does without.
     from cad_mllm.data.build import build_model
 
     json_path, points_path, *view_paths = _outputs(job)
-    points_NC, images = build_model(job.id, normalised, job.settings)
+    points_NC, images = build_model(job.id, normalised, job.settings, job.kernel)
     for path in (json_path, points_path, *view_paths):
         path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(points_path) as temporary:

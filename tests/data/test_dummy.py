@@ -1,11 +1,14 @@
 """Procedural data: in the layout of real data, the same for the same seed, never mixed."""
 
 import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from cad_mllm.cad.surface import Kernel
 from cad_mllm.data import dummy
 from cad_mllm.data.files import load_image, load_points
 from cad_mllm.data.index import build_index, load_index
@@ -83,7 +86,7 @@ def test_other_data_are_not_mixed_in(change: dict[str, int], tmp_path: Path) -> 
     root = tmp_path / "dummy"
     root.mkdir()
     marker = {"num_samples": 3, "seed": 1, "complexity": "simple", "points": 64, "views": 2, "size": 32}
-    marker["complete"] = True
+    marker |= {"kernel": "opencascade", "complete": True}
     (root / "dummy_data.json").write_text(json.dumps(marker))
     write_dummy_data(root, 3, seed=1, workers=1)
     with pytest.raises(ConfigError, match=str(root)):
@@ -95,3 +98,49 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="other data"):
         write_dummy_data(tmp_path, 3, seed=1, workers=1)
     assert contents(tmp_path) == {"thesis.txt": b"mine"}
+
+
+def test_without_opencascade_the_data_are_made_of_polygon_models(tmp_path: Path) -> None:
+    """In a process where its import fails; the workers' function runs there too."""
+    script = """
+import sys
+sys.modules["OCP"] = None
+from pathlib import Path
+from cad_mllm.cad.synth import Complexity
+from cad_mllm.data import dummy, prepare
+prepare.run_limited = lambda fn, jobs, **_: ((number, fn(job)) for number, job in enumerate(jobs))
+dummy.write_dummy_data(Path(sys.argv[1]), 4, 1, 1, complexity=Complexity.REAL, points=64, views=2, size=32)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "OpenCASCADE is not installed: points and views are made of polygon models\n"
+    clouds = sorted(tmp_path.glob("pcd/*/*.npz"))
+    assert len(clouds) == 4 and len(list(tmp_path.glob("img/*/*.png"))) == 8
+    assert all(load_points(cloud).shape == (64, 6) for cloud in clouds)
+    assert json.loads((tmp_path / "dummy_data.json").read_text())["kernel"] == "polygons"
+
+
+def test_what_was_begun_with_another_kernel_is_not_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "dummy"
+    root.mkdir()
+    marker: dict[str, object] = {"num_samples": 3, "seed": 1, "complexity": "simple", "points": 64}
+    marker |= {"views": 2, "size": 32, "kernel": "opencascade", "complete": False}
+    (root / "dummy_data.json").write_text(json.dumps(marker))
+    monkeypatch.setattr(dummy, "installed_kernel", lambda: Kernel.POLYGONS)
+    with pytest.raises(ConfigError, match="begun with opencascade"):
+        write_dummy_data(root, 3, seed=1, workers=1)
+    (root / "dummy_data.json").write_text(json.dumps({**marker, "complete": True}))
+    write_dummy_data(root, 3, seed=1, workers=1)
+
+
+@pytest.mark.usefixtures("no_worker_processes")
+def test_many_models_are_composed_in_jobs_and_come_out_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dummy_data(tmp_path / "at once", 5, seed=1, workers=1)
+    monkeypatch.setattr(dummy, "_MODELS_PER_JOB", 2)
+    monkeypatch.setattr(dummy, "run_limited", lambda fn, jobs, **_: [(n, fn(jobs[n])) for n in (2, 0, 1)])
+    write_dummy_data(tmp_path / "in jobs", 5, seed=1, workers=1)
+    assert contents(tmp_path / "in jobs") == contents(tmp_path / "at once")
