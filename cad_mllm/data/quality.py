@@ -220,12 +220,9 @@ def _pictures(root: Path, manifest: Manifest) -> list[_Picture]:
     for number in wanted:
         for split in splits:
             if number < len(split):
-                data = base64.b64encode(split.view(number, 0).tobytes()).decode()
-                pictures.append(
-                    _Picture(
-                        split.ids[number], split.column("caption")[number], f"data:image/png;base64,{data}"
-                    )
-                )
+                row = split.row(number)
+                data = base64.b64encode(row.views[0]).decode()
+                pictures.append(_Picture(row.id, row.caption, f"data:image/png;base64,{data}"))
                 break
             number -= len(split)
     return pictures
