@@ -20,7 +20,7 @@ from cad_mllm.cad.synth import Complexity, make_model, make_program
 from cad_mllm.cad.synth.real import REAL_MODELS
 
 SIMPLE, REAL = Complexity.SIMPLE, Complexity.REAL
-SEEDS = range(250)
+SEEDS = range(300)
 
 
 @pytest.fixture(scope="module")
