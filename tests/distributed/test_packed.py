@@ -12,7 +12,7 @@ JOBS = Path(__file__).with_name("jobs.py")
 RESUMED = "zero3_config-resumed"
 RUNS = ("zero2_config", "zero3_config", RESUMED)
 TUNING = {"lora": True, "full": False}
-STEPS, STOP = 5, 3
+STEPS, STOP = 6, 3
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
