@@ -1,5 +1,6 @@
 """Procedural parts: every seed a valid solid, always the same, with real variety and honest captions."""
 
+import json
 import math
 import re
 from collections import Counter
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import wasserstein_distance
 
-from cad_mllm.cad import solid
+from cad_mllm.cad import omnicad, solid
 from cad_mllm.cad.codec import decode, encode
 from cad_mllm.cad.geometry import reach
 from cad_mllm.cad.mesh import volume_by_manifold
@@ -39,6 +40,14 @@ def command_text(program: CadProgram) -> str:
 
 def loops(program: CadProgram) -> list[Loop]:
     return [loop for e in program.extrudes for p in e.profiles for loop in (p.outer, *p.holes)]
+
+
+@pytest.mark.parametrize("seed", [7954, 9054, 10320, 12707, 16296])
+def test_the_holes_of_a_narrow_plate_keep_apart(seed: int) -> None:
+    program, caption = make_program(seed)
+    assert "plate" in caption
+    (plate,) = omnicad.parse(json.loads(json.dumps(omnicad.to_json(program)))).extrudes
+    assert len(plate.profiles[0].holes) in (4, 5)
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -31,6 +31,8 @@ def _plate(draw: Draw) -> Part:
             ("five holes, one of them in the centre", [(-x, -y), (x, -y), (x, y), (-x, y), (0.0, 0.0)]),
         )
     )
+    if len(centers) > 3:
+        hole = min(hole, int(y) - 1)  # the holes of a narrow plate would meet across it
     corners = f"rounded corners of radius {draw.mm(radius)}" if radius else "square corners"
     count = {2: "two", 3: "three", 4: "four", 5: "five"}[len(centers)]
     return Part(
