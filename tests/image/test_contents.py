@@ -214,14 +214,15 @@ def test_a_change_of_the_code_installs_no_package_again(image: str, tmp_path: Pa
     )
     assert built.returncode == 0, built.stdout + built.stderr
     podman("rmi", "localhost/cad-mllm:changed-cpu")
-    made_anew = []
-    steps = re.split(r"^\[\d+/\d+\] STEP \d+/\d+: ", built.stdout + built.stderr, flags=re.MULTILINE)[1:]
-    for step in steps:
-        if "Using cache" not in step and step.startswith(("RUN", "COPY")):
-            made_anew.append(step.splitlines()[0][:60])
-    assert [step.split()[0] for step in made_anew] == ["COPY", "RUN", "COPY", "RUN"]
-    assert made_anew[0] == "COPY cad_mllm /build/cad_mllm"
-    assert made_anew[2] == "COPY --from=project /out/ /"
+    log = built.stdout + built.stderr
+    steps = re.split(r"^\[\d+/\d+\] STEP \d+/\d+: ", log, flags=re.MULTILINE)[1:]
+    made_anew = [step.splitlines()[0] for step in steps if "Using cache" not in step]
+    assert "COPY cad_mllm /build/cad_mllm" in made_anew, log
+    # Packages are installed, and ops compiled, by RUN alone; files may be copied anew.
+    assert [step for step in made_anew if step.startswith("RUN")] == [
+        "RUN pip install --no-deps --no-build-isolation --root /out /build",
+        'RUN ["python", "-m", "cad_mllm.launch", "--help"]',
+    ], log
 
 
 # ------------------------------------------------------------------------------------------------ AVX-512
