@@ -18,7 +18,7 @@ class ModelConfig:
     """Which networks are built, and how."""
 
     llm_model_name: str = "Qwen/Qwen3-8B"
-    """Causal LM: local folder, hub name, or a random-weight preset (`tiny`, `qwen3-8b-random`)."""
+    """Causal LM: folder, hub name, or a preset with random weights (`tiny`, `small`, `qwen3-8b-random`)."""
     use_lora: bool = True
     """Train LoRA adapters on all linear layers of the LM; off (`--no_use_lora`): train all its weights."""
     lora_r: int = 32
@@ -26,9 +26,11 @@ class ModelConfig:
     lora_alpha: int = 64
     """LoRA alpha."""
     vision_model_name: str | None = None
-    """DINOv2: folder, hub name, `tiny`, `random`. Unset: facebook/dinov2-large (`tiny` with the tiny LM)."""
+    """DINOv2: folder, hub name, `tiny`, `small`, `random`. Unset: that of the preset, or dinov2-large."""
     point_encoder: str | None = None
-    """Michelangelo checkpoint (.safetensors, .ckpt), `tiny`, or `random`. Unset: `tiny` with the tiny LM."""
+    """Michelangelo checkpoint (.safetensors, .ckpt), `tiny`, `small`, `random`. Unset: that of the preset."""
+    train_encoders: bool = False
+    """Train each encoder together with its projector: from scratch, or away from its pretrained weights."""
     attn_implementation: AttnImplementation = "sdpa"
     """Attention kernel of the LM."""
     use_gradient_checkpointing: bool = False

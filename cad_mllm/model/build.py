@@ -29,14 +29,16 @@ from cad_mllm.model.attention import BY_SAMPLE
 from cad_mllm.model.encoders import (
     SYNTHETIC,
     EncoderNames,
+    Encoders,
     FrozenEncoders,
+    TrainedEncoders,
     build_encoders,
     describe,
     resolve_names,
 )
-from cad_mllm.model.image_encoder import IMAGE_MEAN, IMAGE_STD
+from cad_mllm.model.image_encoder import IMAGE_MEAN, IMAGE_STD, unfreeze
 from cad_mllm.model.multimodal import MultimodalLM
-from cad_mllm.model.projectors import build_projector
+from cad_mllm.model.projectors import EncodedProjector, build_projector
 from cad_mllm.model.seeding import digest, private_rng
 
 ADAPTER_NAME = "default"
@@ -61,8 +63,8 @@ class Built:
 
     model: MultimodalLM
     """What the engine trains and shards."""
-    encoders: FrozenEncoders
-    """Whole on every rank."""
+    encoders: Encoders
+    """What runs before the model; frozen ones are whole on every rank."""
     encoder_names: EncoderNames
     """Which ones they are."""
     tokenizer: PreTrainedTokenizerBase
@@ -119,7 +121,7 @@ def build_model(
         seed: of the initial LoRA and projector weights, equal on all ranks.
         device: where the encoders and (unless sharded) the model go.
         zero3_config: a DeepSpeed config without `auto`, stage 3: the LM is then sharded while it is
-            built, except `tiny`, which is small and must be the same in every engine. The process
+            built, except those that are small and must be the same in every engine. The process
             group must exist.
         allow_random_encoders: use random encoders where `config` names none.
         source: folders to use in place of `config.llm_model_name`.
@@ -130,7 +132,7 @@ def build_model(
     """
     check_attention(config, device, packed=packed)
     names = resolve_names(config, allow_random_encoders=allow_random_encoders)
-    shard = zero3_config if config.llm_model_name != presets.TINY else None
+    shard = zero3_config if config.llm_model_name not in presets.ON_THE_SPOT else None
     with private_rng(seed, device):
         return _build(config, names, seed, device, shard, source, packed, recomputed_layers)
 
@@ -159,14 +161,16 @@ def _build(
         recomputed, layers = _checkpoint_activations(lm, recomputed_layers)
         notes.append(f"gradient checkpointing: {recomputed} of {layers} layers are recomputed")
     hidden_size = int(lm.config.hidden_size)
+    points = build_projector(encoders.point_width, hidden_size, seed=seed + 1, dtype=dtype)
+    image = build_projector(encoders.image_width, hidden_size, seed=seed + 2, dtype=dtype)
     model = MultimodalLM(
         trained_lm,
-        build_projector(encoders.point_width, hidden_size, seed=seed + 1, dtype=dtype),
-        build_projector(encoders.image_width, hidden_size, seed=seed + 2, dtype=dtype),
+        EncodedProjector(encoders.point.requires_grad_(), points) if config.train_encoders else points,
+        EncodedProjector(unfreeze(encoders.image), image) if config.train_encoders else image,
     )
     return Built(
         model=model.to(device).train(),
-        encoders=encoders.to(device),
+        encoders=TrainedEncoders() if config.train_encoders else encoders.to(device),
         encoder_names=names,
         tokenizer=tokenizer,
         notes=(*notes, *describe(config, names)),
@@ -254,8 +258,8 @@ def _load_lm(
     name = config.llm_model_name if exported is None else str(exported)
     # Of packed rows torch's attention would need a mask of T x T; the eager one builds it.
     attention = BY_SAMPLE if packed and config.attn_implementation == "sdpa" else config.attn_implementation
-    if name == presets.TINY:
-        return presets.tiny_lm(dtype, attention)
+    if name in presets.ON_THE_SPOT:
+        return presets.on_the_spot(name, dtype, attention)
     if name == presets.QWEN3_8B_RANDOM:
         return presets.qwen3_8b_random(dtype, attention, device)
     try:
@@ -311,8 +315,10 @@ def _random_digests(
     config: ModelConfig, names: EncoderNames, encoders: FrozenEncoders, lm: PreTrainedModel
 ) -> dict[str, str]:
     digests = {}
-    if config.use_lora and config.llm_model_name == presets.TINY:
+    if config.use_lora and config.llm_model_name in presets.ON_THE_SPOT:
         digests["lm"] = digest(lm)
+    if config.train_encoders:
+        return digests  # their weights are kept
     if names.image in SYNTHETIC:
         digests["image"] = digest(encoders.image)
     if names.point in SYNTHETIC:

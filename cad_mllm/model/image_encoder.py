@@ -40,6 +40,13 @@ class ImageEncoder(nn.Module):
         return hidden[:, 1:]
 
 
+def unfreeze(encoder: ImageEncoder) -> ImageEncoder:
+    """Let its weights train; the mask token is for DINOv2's own pretraining, no step here uses it."""
+    encoder.requires_grad_()
+    encoder.dinov2.embeddings.mask_token.requires_grad_(False)
+    return encoder
+
+
 def random_image_encoder(config: Dinov2Config) -> ImageEncoder:
     """Build an encoder with random weights, the same bits in every process."""
     with private_rng(FROZEN_SEED):
@@ -52,6 +59,13 @@ def tiny_config() -> Dinov2Config:
     """56 px, 16 tokens of 64 channels: for tests and the demo."""
     return Dinov2Config(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+    )
+
+
+def small_config() -> Dinov2Config:
+    """112 px, 64 tokens of 256 channels: to be trained from scratch with the small LM."""
+    return Dinov2Config(
+        hidden_size=256, num_hidden_layers=4, num_attention_heads=4, image_size=112, patch_size=14
     )
 
 

@@ -1,7 +1,8 @@
 """The multimodal language model: projected features take the place of placeholder tokens.
 
 Shapes: B rows of T tokens, D hidden channels of the LM, S positions whose logits are needed; N images and M
-clouds of K tokens each, with the D of their encoder.
+clouds of K tokens each, with the D of their encoder. Where an encoder trains, it is part of its projector,
+which then takes images (N, 3, S, S) and clouds (M, P, 6) in place of features.
 """
 
 from collections.abc import Set
@@ -11,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from cad_mllm.model.loss import LinearCrossEntropy
-from cad_mllm.model.projectors import Projector
 
 ProjectorName = Literal["image_projector", "point_projector"]
 GroupName = Literal["lm", "point_projector", "image_projector"]
@@ -26,10 +26,10 @@ class MultimodalLM(nn.Module):
 
     # Declared for the type checker, to which a submodule could be anything.
     lm: Any
-    point_projector: Projector
-    image_projector: Projector
+    point_projector: nn.Module
+    image_projector: nn.Module
 
-    def __init__(self, lm: nn.Module, point_projector: Projector, image_projector: Projector) -> None:
+    def __init__(self, lm: nn.Module, point_projector: nn.Module, image_projector: nn.Module) -> None:
         super().__init__()
         self.lm = lm
         self.point_projector = point_projector
@@ -57,9 +57,9 @@ class MultimodalLM(nn.Module):
             attention_mask_BT: 1 at tokens and placeholders, 0 at padding.
             labels_BT: int64, unshifted; IGNORED_LABEL where a token is not supervised.
             loss_rows: int64 (S,), S >= 1: the positions whose next label counts, as flat indices into B * T.
-            image_features_NKD: of the frozen encoder; N may be 0.
+            image_features_NKD: what the image projector takes; N may be 0.
             image_rows: int64 (N * K,): where the image tokens stand, as flat indices into B * T.
-            point_features_MKD: of the frozen encoder; M may be 0.
+            point_features_MKD: what the point projector takes; M may be 0.
             point_rows: int64 (M * K,), likewise.
             trainable: the projectors that train in this stage; the others run without gradient.
             packed: where samples share one row: their position ids (1, T), their borders (int32, from 0 to
@@ -116,14 +116,20 @@ class MultimodalLM(nn.Module):
             projector = self.get_submodule(name)
             present = features.shape[0] > 0
             if not present:
-                features = features.new_zeros((1, 1, features.shape[-1]))
+                features = _dummy(features)
             with torch.set_grad_enabled(torch.is_grad_enabled() and name in trainable):
                 projected_RD = projector(features).flatten(0, 1).to(embeds_RD.dtype)
             if present:
                 embeds_RD = embeds_RD.index_copy(0, rows, projected_RD)
             else:
-                embeds_RD = embeds_RD.index_add(0, rows.new_zeros(1), 0.0 * projected_RD)
+                embeds_RD = embeds_RD.index_add(0, rows.new_zeros(1), 0.0 * projected_RD[:1])
         return embeds_RD.view_as(embeds_BTD)
+
+
+def _dummy(none: Tensor) -> Tensor:
+    """One input of a kind of which there is none: an image, or the shortest sequence (a token, a point)."""
+    shape = none.shape[1:] if none.dim() == 4 else (1, none.shape[-1])
+    return none.new_zeros((1, *shape))
 
 
 def _bare(lm: Any) -> Any:

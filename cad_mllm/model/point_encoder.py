@@ -48,6 +48,8 @@ class PointEncoderConfig:
 
 TINY = PointEncoderConfig(width=64, heads=2, layers=2, num_latents=17, num_points=256)
 """For tests and the demo."""
+SMALL = PointEncoderConfig(width=256, heads=4, layers=4, num_latents=64, num_points=2048)
+"""To be trained from scratch with the small LM."""
 
 
 class FourierEmbedding(nn.Module):

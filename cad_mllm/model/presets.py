@@ -8,9 +8,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from cad_mllm.model.seeding import FROZEN_SEED, private_rng, redraw_
 
-TINY = "tiny"
+TINY, SMALL = "tiny", "small"
 QWEN3_8B_RANDOM = "qwen3-8b-random"
-PRESETS = (TINY, QWEN3_8B_RANDOM)
+PRESETS = (TINY, SMALL, QWEN3_8B_RANDOM)
+ON_THE_SPOT = (TINY, SMALL)
+"""Drawn on the CPU, equal bits everywhere; their encoders have the same names."""
 
 _PAD, _EOS = "<pad>", "<eos>"
 _TINY_SIZES: dict[str, Any] = {
@@ -23,7 +25,17 @@ _TINY_SIZES: dict[str, Any] = {
     "intermediate_size": 384,
     "max_position_embeddings": 16384,
 }
-_HEAD_STD = 0.1
+_SMALL_SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 1536,
+    "max_position_embeddings": 16384,
+}
+_TINY_HEAD_STD = 0.1
 """LoRA never changes the head: with Qwen3's .02 no logit could exceed 2.6, and no loss fall below 3."""
 _QWEN3_8B_SIZES: dict[str, Any] = {
     "vocab_size": 151936,
@@ -51,9 +63,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def lm_config(name: str) -> Qwen3Config:
-    """Give the architecture of a preset: both are Qwen3."""
+    """Give the architecture of a preset: all are Qwen3."""
     tokenizer = byte_tokenizer()
-    sizes = {TINY: _TINY_SIZES, QWEN3_8B_RANDOM: _QWEN3_8B_SIZES}[name]
+    sizes = {TINY: _TINY_SIZES, SMALL: _SMALL_SIZES, QWEN3_8B_RANDOM: _QWEN3_8B_SIZES}[name]
     return Qwen3Config(
         **sizes,
         tie_word_embeddings=False,
@@ -63,15 +75,16 @@ def lm_config(name: str) -> Qwen3Config:
     )
 
 
-def tiny_lm(dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
-    """Build a Qwen3 of .9M parameters on the CPU, drawn in fp32, then rounded: equal bits everywhere."""
-    config = lm_config(TINY)
+def on_the_spot(name: str, dtype: torch.dtype, attn_implementation: str) -> PreTrainedModel:
+    """Build `tiny` (.9M parameters) or `small` (25M) on the CPU, drawn in fp32, then rounded."""
+    config = lm_config(name)
+    head_std = _TINY_HEAD_STD if name == TINY else config.initializer_range
     # Built in its dtype, not cast afterwards: that would round the frequencies of the rotary embedding too.
     with private_rng(FROZEN_SEED):
         lm: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
         )
-    redraw_(lm, lambda name, matrix: _HEAD_STD if name == "lm_head.weight" else config.initializer_range)
+    redraw_(lm, lambda name, matrix: head_std if name == "lm_head.weight" else config.initializer_range)
     return lm
 
 

@@ -1,4 +1,7 @@
-"""From an encoder's feature space into the LM's embedding space. Shapes: N samples, K tokens, D features."""
+"""From an encoder's feature space into the LM's embedding space.
+
+Shapes: N samples, K tokens of D features or of H hidden channels of the LM.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,20 @@ class Projector(nn.Module):
     def forward(self, features_NKD: Tensor) -> Tensor:
         """(N, K, in_features) to (N, K, out_features)."""
         out: Tensor = self.proj(self.act(self.fc(self.norm(features_NKD))))
+        return out
+
+
+class EncodedProjector(nn.Module):
+    """An encoder that trains, and the projector behind it: one module where else only a projector is."""
+
+    def __init__(self, encoder: nn.Module, projector: Projector) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.projector = projector
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """What the encoder takes (N, ...) to (N, K, H)."""
+        out: Tensor = self.projector(self.encoder(inputs))
         return out
 
 

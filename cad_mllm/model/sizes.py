@@ -2,18 +2,18 @@
 
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
+import torch
+from transformers import Dinov2Model, PretrainedConfig
 
 from cad_mllm.config import ModelConfig
-from cad_mllm.model import image_encoder, presets
 from cad_mllm.model.build import read_lm_config
-from cad_mllm.model.point_encoder import TINY as TINY_POINTS
-from cad_mllm.model.point_encoder import PointEncoderConfig
+from cad_mllm.model.encoders import image_config, point_config, resolve_names
+from cad_mllm.model.point_encoder import PointEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterCounts:
-    """Parameters of the LM and both projectors; the frozen encoders are not counted."""
+    """Parameters of the LM, both projectors, and the encoders if they train."""
 
     total: int
     trainable: int
@@ -28,11 +28,12 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
         LoRA       r L (4 D + 2 E (H + G) + 3 (D + I))
         projector  W D + D^2 + 2 D + 2 W, for an encoder of width W
 
-    LoRA and the projectors train, or everything does. ConfigError: there is no such LM.
+    LoRA and the projectors train (with their encoders, under --train_encoders), or everything does.
+    ConfigError: there is no such LM.
     """
     lm_config = read_lm_config(config.llm_model_name)
     hidden = int(lm_config.hidden_size)
-    projectors = sum(_projector(width, hidden) for width in _encoder_widths(config))
+    projectors = _projectors(config, hidden)
     lm, lora = _lm(lm_config), _lora(lm_config, config.lora_r)
     if config.use_lora:
         return ParameterCounts(total=lm + lora + projectors, trainable=lora + projectors)
@@ -112,8 +113,13 @@ def _projector(width: int, hidden: int) -> int:
     return width * hidden + hidden**2 + 2 * hidden + 2 * width
 
 
-def _encoder_widths(config: ModelConfig) -> tuple[int, int]:
-    """Those of the encoders that the run uses if it names none; others are taken to be as wide."""
-    if config.llm_model_name == presets.TINY:
-        return int(image_encoder.tiny_config().hidden_size), TINY_POINTS.width
-    return int(image_encoder.large_config().hidden_size), PointEncoderConfig().width
+def _projectors(config: ModelConfig, hidden: int) -> int:
+    """Both, with the encoders that train; an encoder that is not of a preset is taken to be full-size."""
+    names = resolve_names(config, allow_random_encoders=True)
+    image, points = image_config(names.image), point_config(names.point)
+    count = _projector(int(image.hidden_size), hidden) + _projector(points.width, hidden)
+    if config.train_encoders:
+        with torch.device("meta"):
+            encoders = (Dinov2Model(image), PointEncoder(points))
+        count += sum(p.numel() for encoder in encoders for p in encoder.parameters())
+    return count

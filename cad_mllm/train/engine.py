@@ -245,9 +245,18 @@ def _gather_layer_by_layer(module: nn.Module) -> None:
     """
     from deepspeed.utils import set_z3_leaf_modules
 
-    layers = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    named = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+    # Without the embeddings among them: pictures need no gradient, and DeepSpeed then takes a leaf module for
+    # finished before its weights have theirs.
+    layers = named & {type(part).__name__ for part in module.modules() if _is_layer(part)}
     if layers:
         set_z3_leaf_modules(module, sorted(layers), raise_if_not_found=False)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return isinstance(module, GradientCheckpointingLayer)
 
 
 def _log_to_file(path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from cad_mllm.config import OptimConfig
 from cad_mllm.data.collate import Batch, Sample, collate, pack
 from cad_mllm.data.sequence import MODALITIES, Modality, SequenceSpec
-from cad_mllm.model.encoders import FrozenEncoders
+from cad_mllm.model.encoders import Encoders
 from cad_mllm.train.engine import Engine
 from cad_mllm.train.stages import IMAGE_PROJECTOR, POINT_PROJECTOR
 
@@ -19,13 +19,13 @@ PROJECTORS = frozenset({POINT_PROJECTOR, IMAGE_PROJECTOR})
 
 def micro_batch_loss(
     module: nn.Module,
-    encoders: FrozenEncoders,
+    encoders: Encoders,
     cpu_batch: Batch,
     device: torch.device,
     *,
     trainable: frozenset[str],
 ) -> Tensor:
-    """Summed loss of a micro-batch: frozen encoders first, then the engine's module."""
+    """Summed loss of a micro-batch: encoders that are frozen first, then the engine's module."""
     batch = cpu_batch.to(device)
     loss: Tensor = module(
         batch.tokens_BT,
@@ -74,7 +74,7 @@ def largest_batch(
 
 def rehearse_largest(
     engine: Engine,
-    encoders: FrozenEncoders,
+    encoders: Encoders,
     spec: SequenceSpec,
     optim: OptimConfig,
     device: torch.device,

@@ -305,10 +305,11 @@ def _identity(config: TrainConfig, global_batch: int, fingerprint: str) -> dict[
         "--lora_alpha": model.lora_alpha if model.use_lora else None,
         "--vision_model_name": model.vision_model_name,
         "--point_encoder": model.point_encoder,
+        "--train_encoders": model.train_encoders or None,
         "--target_format": data.target_format,
         "--quantization_bits": data.quantization_bits,
         "--max_seq_length": data.max_seq_length,
-        # None where it is off, as in checkpoints from before there was augmentation
+        # None where it is off, as in checkpoints from before there was such a flag
         "--augment_prefix": data.augment_prefix or None,
         "--augment_removal": data.augment_removal or None,
         "--seed": config.run.seed,

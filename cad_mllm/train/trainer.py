@@ -200,7 +200,7 @@ def _train_step(
 
 
 def _forward(run: Run, cpu_batch: Batch, trainable: frozenset[str]) -> Tensor:
-    """Summed loss of a micro-batch: frozen encoders first, then the engine's module."""
+    """Summed loss of a micro-batch."""
     return micro_batch_loss(
         run.engine.module, run.built.encoders, cpu_batch, run.world.device, trainable=trainable
     )

@@ -48,17 +48,18 @@ def image_on_one_rank_only(words: list[str], data: Path) -> int:
 def folder_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An LM as a user has it on disk: unlike the preset, it is built under `zero.Init`."""
     folder = tmp_path_factory.mktemp("lm")
-    presets.tiny_lm(torch.float32, "sdpa").save_pretrained(folder)
+    presets.on_the_spot("tiny", torch.float32, "sdpa").save_pretrained(folder)
     presets.byte_tokenizer().save_pretrained(folder)
     return folder
 
 
-@pytest.mark.parametrize("source", ["tiny", "folder"])
+@pytest.mark.parametrize("source", ["tiny", "folder", "trained encoders"])
 def test_an_image_on_one_rank_and_none_on_the_other_trains_under_zero3(
     source: str, data: Path, folder_lm: Path, tmp_path: Path
 ) -> None:
     common: dict[str, object] = {
-        "llm_model_name": "tiny" if source == "tiny" else folder_lm,
+        "llm_model_name": folder_lm if source == "folder" else "tiny",
+        "train_encoders": source == "trained encoders",
         "vision_model_name": "tiny",
         "point_encoder": "tiny",
         "start_from_stage": 3,

@@ -19,7 +19,7 @@ ENCODERS = {"vision_model_name": "tiny", "point_encoder": "tiny"}
 def local_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Qwen3 of two megabytes as a folder in the Hugging Face layout."""
     folder = tmp_path_factory.mktemp("local-lm")
-    presets.tiny_lm(torch.float32, "sdpa").save_pretrained(folder)
+    presets.on_the_spot("tiny", torch.float32, "sdpa").save_pretrained(folder)
     presets.byte_tokenizer().save_pretrained(folder)
     return folder
 

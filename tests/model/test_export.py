@@ -39,9 +39,12 @@ def lora_export(tmp_path_factory: pytest.TempPathFactory, built: Built) -> Path:
 
 
 @pytest.mark.parametrize("use_lora", [True, False], ids=["lora", "full"])
+@pytest.mark.parametrize("encoders", [False, True], ids=["frozen encoders", "trained encoders"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_comes_back_computes_the_same(tmp_path: Path, use_lora: bool, dtype: str) -> None:
-    trained = _export(tmp_path, tiny_config(use_lora=use_lora, dtype=dtype))
+def test_what_comes_back_computes_the_same(
+    tmp_path: Path, use_lora: bool, encoders: bool, dtype: str
+) -> None:
+    trained = _export(tmp_path, tiny_config(use_lora=use_lora, train_encoders=encoders, dtype=dtype))
     back = load_exported(tmp_path, CPU)
     cases = [Case(1, points=True), Case(2, image=True)]
     with torch.no_grad():
@@ -55,7 +58,7 @@ def test_what_comes_back_computes_the_same(tmp_path: Path, use_lora: bool, dtype
 
 
 def test_plain_peft_loads_the_adapter(lora_export: Path, built: Built) -> None:
-    base = presets.tiny_lm(torch.float32, "sdpa")
+    base = presets.on_the_spot("tiny", torch.float32, "sdpa")
     adapted = PeftModel.from_pretrained(base, str(lora_export / "adapter"))
     with torch.no_grad():
         assert torch.equal(adapted(input_ids=TOKENS).logits, built.model.lm(input_ids=TOKENS).logits)

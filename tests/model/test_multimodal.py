@@ -52,18 +52,41 @@ def test_a_sample_without_supervised_tokens_adds_nothing(built: Built) -> None:
         )
 
 
+@pytest.mark.parametrize("encoders", [False, True], ids=["frozen encoders", "trained encoders"])
 @pytest.mark.parametrize("cases", [CASES, CASES[:1], [Case(6, target=0)]], ids=["all", "text only", "silent"])
-def test_every_trainable_weight_takes_part_whatever_the_batch_holds(cases: list[Case]) -> None:
-    built = build_model(tiny_config(use_gradient_checkpointing=True), seed=3, device=CPU)
+def test_every_trainable_weight_takes_part_whatever_the_batch_holds(
+    cases: list[Case], encoders: bool
+) -> None:
+    config = tiny_config(use_gradient_checkpointing=True, train_encoders=encoders)
+    built = build_model(config, seed=3, device=CPU)
     loss_of(built, cases).backward()
     for name, parameter in built.model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-def test_a_dummy_feature_has_no_influence() -> None:
-    built = build_model(tiny_config(), seed=3, device=CPU)
+def test_encoders_that_train_compute_what_frozen_ones_do_and_belong_to_their_projectors() -> None:
+    frozen, trained = (
+        build_model(tiny_config(train_encoders=wanted), seed=3, device=CPU) for wanted in (False, True)
+    )
+    assert torch.equal(loss_of(trained, CASES), loss_of(frozen, CASES))
+    groups = parameter_groups(trained.model)
+    for name in sorted(PROJECTORS):
+        group = {parameter for parameter, _ in groups[name]}
+        alone = {parameter for parameter, _ in parameter_groups(frozen.model)[name]}
+        encoder = {p for p in group if p.startswith(f"{name}.encoder.")}
+        assert encoder and {p.replace(".projector.", ".") for p in group - encoder} == alone
+    loss_of(trained, CASES).backward()
+    kinds = (trained.model.point_projector.encoder, trained.model.image_projector.encoder)
+    for parameter in (p for kind in kinds for p in kind.parameters() if p.requires_grad):
+        assert parameter.grad is not None and parameter.grad.any()
+
+
+@pytest.mark.parametrize("encoders", [False, True], ids=["frozen encoders", "trained encoders"])
+def test_a_dummy_feature_has_no_influence(encoders: bool) -> None:
+    built = build_model(tiny_config(train_encoders=encoders), seed=3, device=CPU)
     loss_of(built, CASES[:2]).backward()  # no image in it
-    assert all(p.grad is not None and not p.grad.any() for p in built.model.image_projector.parameters())
+    image = [p for p in built.model.image_projector.parameters() if p.requires_grad]
+    assert all(p.grad is not None and not p.grad.any() for p in image)
     assert all(p.grad is not None for p in built.model.point_projector.parameters())
     assert any(p.grad.any() for p in built.model.point_projector.parameters() if p.grad is not None)
 

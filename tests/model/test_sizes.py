@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 from cad_mllm.config import ModelConfig
 from cad_mllm.model import sizes
 from cad_mllm.model.attention import BY_SAMPLE
-from cad_mllm.model.build import _add_lora
+from cad_mllm.model.build import _add_lora, build_model
 from cad_mllm.model.presets import lm_config
-from cad_mllm.model.sizes import layer_sizes
+from cad_mllm.model.sizes import layer_sizes, parameter_counts
 
 TOKENS = 32
 SHAPE = {
@@ -69,3 +69,16 @@ def test_sizes_of_qwen3_8b() -> None:
     assert lora.input_bytes == 8192
     wide = layer_sizes(ModelConfig(llm_model_name="qwen3-8b-random", dtype="float32"))
     assert wide.activation_bytes == 2 * lora.activation_bytes
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+@pytest.mark.parametrize("encoders", [False, True], ids=["frozen encoders", "trained encoders"])
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_the_parameters_are_those_of_the_networks(name: str, encoders: bool, lora: bool) -> None:
+    config = ModelConfig(llm_model_name=name, use_lora=lora, train_encoders=encoders)
+    built = build_model(config, seed=1, device=torch.device("cpu"))
+    parameters = list(built.model.parameters())
+    counts = parameter_counts(config)
+    assert counts.total == pytest.approx(sum(p.numel() for p in parameters), rel=1e-3)
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    assert counts.trainable == pytest.approx(trainable, rel=2e-3)
