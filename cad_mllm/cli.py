@@ -241,6 +241,10 @@ class MakeDummyArguments:
     """Data folder to write."""
     num_samples: int = 100
     """How many models."""
+    complexity: Literal["real", "simple"] = "real"
+    """Operations and lengths distributed as in real models, or a handful of features each."""
+    views: int = 8
+    """Pictures of each model (drawing them takes most of the time)."""
     seed: int = 42
     """The same seed writes the same models."""
     workers: int = 0
@@ -249,9 +253,14 @@ class MakeDummyArguments:
 
 def make_dummy(argv: Sequence[str]) -> ExitCode:
     """Write procedural models in the Omni-CAD layout."""
-    example = "example:\n  cad-mllm make-dummy --out data/dummy --num_samples 200 --seed 7\n"
+    example = (
+        "examples:\n"
+        "  cad-mllm make-dummy --out data/dummy --num_samples 200 --seed 7\n"
+        "  cad-mllm make-dummy --out data/synth/train --num_samples 30000 --complexity simple --views 2\n"
+    )
     arguments = parse_flags(MakeDummyArguments, argv, prog="cad-mllm make-dummy", examples=example)
     _require("--num_samples", arguments.num_samples, 1)
+    _require("--views", arguments.views, 0)
     _require("--seed", arguments.seed, 0)
     _require("--workers", arguments.workers, 0)
     from cad_mllm.cad.synth import Complexity
@@ -259,8 +268,9 @@ def make_dummy(argv: Sequence[str]) -> ExitCode:
 
     write_dummy_data(
         arguments.out,
-        complexity=Complexity.REAL,
+        complexity=Complexity(arguments.complexity),
         num_samples=arguments.num_samples,
+        views=arguments.views,
         seed=arguments.seed,
         workers=arguments.workers or os.cpu_count() or 1,
     )
