@@ -56,7 +56,9 @@ def load_points(path: Path) -> FloatArray:
     try:
         points = _raw_points(path)
     except Exception as error:  # numpy's and zip's readers raise many types on broken bytes
-        raise UnusableFileError(path, f"unreadable points: {error}") from error
+        # numpy's own words advise to unpickle the file.
+        reason = "no array of numbers in it" if "pickle" in str(error) else error
+        raise UnusableFileError(path, f"unreadable points: {reason}") from error
     return _checked_points(points, path)
 
 

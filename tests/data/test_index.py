@@ -146,6 +146,14 @@ def test_a_bad_sample_is_set_aside_with_its_reason(
     assert folder.ids[FAULTY] not in load_index(report.path).ids
 
 
+def test_nobody_is_advised_to_unpickle_a_file(make_folder: MakeFolder, build: Build, tmp_path: Path) -> None:
+    folder = make_folder()
+    pickled_points(folder)
+    build(folder)
+    (line,) = skipped_lines(tmp_path)
+    assert line["reason"] == "unreadable points: no array of numbers in it"
+
+
 def test_points_that_unpack_to_more_than_the_machine_has_are_not_unpacked(
     make_folder: MakeFolder, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
