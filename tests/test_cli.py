@@ -369,6 +369,7 @@ def test_a_stop_after_a_checkpoint_is_143() -> None:
         (["prepare", "--archive", "a.zip", "--out", "b", "--layout", "files"], "needs a folder"),
         (["prepare", "--archive", "a", "--out", "b", "--part", "2/2"], "parts count from 0 to 1"),
         (["make-dummy", "--out", "x", "--num_samples", "0"], "--num_samples must be at least 1, got 0"),
+        (["make-dummy", "--out", "x", "--views", "9"], "--views must be from 0 to 8, got 9"),
         (["generate", "--checkpoint", "c", "--out", "o"], "give --text, --points or --image"),
         (["generate", "--checkpoint", "c", "--out", "o", "--txt", "x"], "did you mean --text?"),
         (["generate", "--checkpoint", "c", "--out", "o", "--text", "x", "--folder", "f"], "one or the other"),
@@ -399,6 +400,17 @@ def test_mistakes_in_the_other_commands(
     stderr = capsys.readouterr().err
     assert expected in stderr
     assert stderr.count("\n") == 1
+
+
+def test_make_dummy_writes_the_kind_of_parts_and_the_views_that_it_is_told(tmp_path: Path) -> None:
+    words = ["make-dummy", "--out", str(tmp_path), "--num_samples", "1", "--workers", "1"]
+    with pytest.raises(SystemExit) as exit_request:
+        main([*words, "--complexity", "simple", "--views", "0"])
+    assert exit_request.value.code == 0
+    written = json.loads((tmp_path / "dummy_data.json").read_text())
+    assert (written["complexity"], written["views"], written["complete"]) == ("simple", 0, True)
+    assert len(list(tmp_path.glob("pcd/*/*.npz"))) == 1
+    assert not list(tmp_path.glob("img/*/*.png"))
 
 
 @pytest.mark.parametrize(

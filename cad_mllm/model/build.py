@@ -121,7 +121,7 @@ def build_model(
         seed: of the initial LoRA and projector weights, equal on all ranks.
         device: where the encoders and (unless sharded) the model go.
         zero3_config: a DeepSpeed config without `auto`, stage 3: the LM is then sharded while it is
-            built, except those that are small and must be the same in every engine. The process
+            built, except the small presets, which must be the same in every engine. The process
             group must exist.
         allow_random_encoders: use random encoders where `config` names none.
         source: folders to use in place of `config.llm_model_name`.
