@@ -5,9 +5,10 @@ import re
 import shutil
 import subprocess
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
@@ -201,28 +202,37 @@ def test_a_kept_secret_would_be_found(image: str, tmp_path: Path) -> None:
     assert any(text.endswith(".json: the planted secret") for text in found)
 
 
-def test_a_change_of_the_code_installs_no_package_again(image: str, tmp_path: Path) -> None:
-    """Built again from a copy with one more line of code, nothing below the code's layers is made anew."""
+def layers(image: str) -> list[str]:
+    """Digests of what each layer of an image adds, the lowest first."""
+    root: Any = inspect(image)["RootFS"]
+    return list(root["Layers"])
+
+
+def test_a_change_of_the_code_leaves_the_layers_below_it_as_they_are(image: str, tmp_path: Path) -> None:
+    """Nothing is installed or compiled again, nor pulled again: its files would be others, by date at least.
+
+    What the build prints does not tell: it works at its stages by turns, and "Using cache" may stand far from
+    the step that is meant.
+    """
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in listed.splitlines():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, tmp_path / name)
     with (tmp_path / "cad_mllm/__init__.py").open("a") as code:
-        code.write("# changed\n")
+        code.write(f"# changed at {time.time_ns()}\n")
     built = subprocess.run(
         ["make", "image-cpu", "TAG=changed"], cwd=tmp_path, capture_output=True, text=True, timeout=500
     )
-    assert built.returncode == 0, built.stdout + built.stderr
-    podman("rmi", "localhost/cad-mllm:changed-cpu")
     log = built.stdout + built.stderr
-    steps = re.split(r"^\[\d+/\d+\] STEP \d+/\d+: ", log, flags=re.MULTILINE)[1:]
-    made_anew = [step.splitlines()[0] for step in steps if "Using cache" not in step]
-    assert "COPY cad_mllm /build/cad_mllm" in made_anew, log
-    # Packages are installed, and ops compiled, by RUN alone; files may be copied anew.
-    assert [step for step in made_anew if step.startswith("RUN")] == [
-        "RUN pip install --no-deps --no-build-isolation --root /out /build",
-        'RUN ["python", "-m", "cad_mllm.launch", "--help"]',
-    ], log
+    assert built.returncode == 0, log
+    try:
+        before, after = layers(image), layers("localhost/cad-mllm:changed-cpu")
+    finally:
+        podman("rmi", "localhost/cad-mllm:changed-cpu")
+    # The code, and the start that tries it, are the last two.
+    assert len(after) == len(before)
+    assert after[:-2] == before[:-2], log
+    assert after[-2] != before[-2]
 
 
 # ------------------------------------------------------------------------------------------------ AVX-512
