@@ -19,7 +19,7 @@ from cad_mllm.train import checkpoint, restarts
 from cad_mllm.train.checkpoint import Position
 from cad_mllm.train.distributed import world
 from cad_mllm.train.engine import reset_groups
-from cad_mllm.train.rehearsal import PROJECTORS, micro_batch_loss
+from cad_mllm.train.rehearsal import PROJECTORS, micro_batch_loss, rehearse_largest
 from cad_mllm.train.run import Run, augmentation, prepare_run
 from cad_mllm.train.stages import Stage, entering, learning_rates
 from cad_mllm.train.stop import StopSignal
@@ -45,6 +45,9 @@ def train(config: TrainConfig) -> ExitCode:
             run = prepare_run(config, ranks)
             try:
                 with StopSignal() as stop, _watchdog(run) as watchdog:
+                    if ranks.device.type == "cuda":
+                        rehearse(run)
+                        watchdog.beat()
                     code = fit(run, stop, watchdog)
             except CadMllmError:
                 run.writer.let_finish()
@@ -94,6 +97,29 @@ def fit(run: Run, stop: StopSignal, watchdog: Watchdog) -> ExitCode:
     run.writer.finish()
     run.tracker.say(f"done: {at.global_step} steps, newest checkpoint {run.newest_checkpoint}")
     return ExitCode.DONE
+
+
+def rehearse(run: Run) -> None:
+    """Run out of GPU memory now rather than hours later: the largest batch that the data can make.
+
+    On CUDA only: where a CPU's memory ends, the kernel ends the process, and nobody could say why.
+    """
+    remaining = _remaining(run)
+    if not remaining:
+        return
+    stage, _, _ = remaining[0]
+    prompts, targets = run.index.num_prompt_tokens, run.index.num_target_tokens
+    rehearse_largest(
+        run.engine,
+        run.built.encoders,
+        run.spec,
+        run.config.optim,
+        run.world.device,
+        modalities=run.index.needs,
+        trainable=stage.trains & PROJECTORS,
+        prompt_tokens=int(prompts.min()),
+        text_tokens=int((prompts + targets).max()),
+    )
 
 
 def _endure(run: Run, metrics: StepMetrics, sound: Position) -> Position:

@@ -14,8 +14,7 @@ from cad_mllm.settings import parse_train_args
 from cad_mllm.train import trainer
 from cad_mllm.train.distributed import world
 from cad_mllm.train.doctor import examine
-from cad_mllm.train.rehearsal import PROJECTORS, rehearse_largest
-from cad_mllm.train.run import Run, prepare_run
+from cad_mllm.train.run import prepare_run
 from cad_mllm.train.stop import StopSignal
 from cad_mllm.train.trainer import fit
 from cad_mllm.train.watchdog import Watchdog
@@ -134,22 +133,6 @@ def refused_in_own_folders(flags: list[str]) -> str:
     return ""
 
 
-def rehearse(run: Run) -> None:
-    """The largest batch of the run's data, before its first step."""
-    prompts, targets = run.index.num_prompt_tokens, run.index.num_target_tokens
-    rehearse_largest(
-        run.engine,
-        run.built.encoders,
-        run.spec,
-        run.config.optim,
-        run.world.device,
-        modalities=run.index.needs,
-        trainable=run.stages[0].trains & PROJECTORS,
-        prompt_tokens=int(prompts.min()),
-        text_tokens=int((prompts + targets).max()),
-    )
-
-
 def train_with_and_without_rehearsal(pairs: list[list[list[str]]]) -> list[int]:
     """Pairs of runs in one process group; the second of each computes the largest batch first."""
     torch.set_num_threads(1)
@@ -160,7 +143,7 @@ def train_with_and_without_rehearsal(pairs: list[list[list[str]]]) -> list[int]:
             for config in (straight, rehearsed):
                 run = prepare_run(config, ranks)
                 if config is rehearsed:
-                    rehearse(run)
+                    trainer.rehearse(run)
                 with StopSignal() as stop, Watchdog(600, config.run.output_dir, ranks.rank) as watchdog:
                     codes.append(int(fit(run, stop, watchdog)))
                 run.tracker.close()
