@@ -245,6 +245,8 @@ class MakeDummyArguments:
     """Operations and lengths distributed as in real models, or a handful of features each."""
     views: int = 8
     """Pictures of each model (drawing them takes most of the time)."""
+    size: int = 224
+    """Width and height of each, in pixels."""
     seed: int = 42
     """The same seed writes the same models."""
     workers: int = 0
@@ -271,6 +273,7 @@ def make_dummy(argv: Sequence[str]) -> ExitCode:
         complexity=Complexity(arguments.complexity),
         num_samples=arguments.num_samples,
         views=arguments.views,
+        size=arguments.size,
         seed=arguments.seed,
         workers=arguments.workers or os.cpu_count() or 1,
     )
