@@ -1,12 +1,16 @@
-"""From programs to STEP, pictures and points of their solids. Free of torch: workers start fast."""
+"""From programs to STEP, pictures and points of their solids. Free of torch: workers start fast.
+
+Without OpenCASCADE solids are polygon models, and there is no STEP.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from cad_mllm.cad import render, solid
+from cad_mllm.cad import render
 from cad_mllm.cad.program import CadProgram
+from cad_mllm.cad.surface import Kernel, installed_kernel, surface_of
 from cad_mllm.cad.worker import run_limited
 from cad_mllm.data.atomic import atomic_path
 from cad_mllm.data.files import FloatArray
@@ -42,11 +46,11 @@ def sample_surfaces(
 
 
 def _sample_surface(program: CadProgram, num_points: int) -> FloatArray:
-    return solid.build(program).sample(num_points, seed=0)
+    return surface_of(program, installed_kernel()).sample(num_points, seed=0)
 
 
 def write_artifacts(artifacts: Sequence[Artifact], *, workers: int, seconds: float) -> list[str | None]:
-    """Write STEP and PNG of each program in worker processes; for each None, or why there are none.
+    """Write PNG and, with OpenCASCADE, STEP of each program in workers; for each None, or why there are none.
 
     A program that takes longer than `seconds` fails alone; no half-written file is left.
     """
@@ -61,10 +65,15 @@ def write_artifacts(artifacts: Sequence[Artifact], *, workers: int, seconds: flo
 
 
 def write_artifact(artifact: Artifact) -> None:
-    """Build the solid, write `<stem>.step` and `<stem>.png`. CadError: nothing solid comes out."""
-    built = solid.build(artifact.program)
+    """Build the solid, write `<stem>.png` and, with OpenCASCADE, `<stem>.step`. CadError: it is none."""
+    kernel = installed_kernel()
+    built = surface_of(artifact.program, kernel)
     picture = render.render_views(built.mesh(), size=_PICTURE_SIZE, views=1)[0]
-    with atomic_path(Path(f"{artifact.stem}.step")) as path:
-        built.write_step(path)
+    if kernel is Kernel.OPENCASCADE:
+        from cad_mllm.cad.solid import Solid  # imports OpenCASCADE
+
+        assert isinstance(built, Solid)
+        with atomic_path(Path(f"{artifact.stem}.step")) as path:
+            built.write_step(path)
     with atomic_path(Path(f"{artifact.stem}.png")) as path:
         picture.save(path)

@@ -21,6 +21,7 @@ from cad_mllm.cad import codec, omnicad
 from cad_mllm.cad.draft import Draft, Drafts, TokenIds
 from cad_mllm.cad.grammar import vocabulary_bytes
 from cad_mllm.cad.program import CadProgram
+from cad_mllm.cad.surface import Kernel, installed_kernel
 from cad_mllm.choose import choose
 from cad_mllm.data.atomic import atomic_path, make_writable
 from cad_mllm.data.collate import Batch, Sample, collate, image_array, select_points
@@ -44,6 +45,7 @@ LIST_FILE = "generated.jsonl"
 _WRITTEN_AT_ONCE = 256
 """Inputs after which files are written: a run that is stopped keeps most, workers start seldom."""
 _WRITING_SECONDS = 60.0
+_NO_KERNEL = "OpenCASCADE is not installed: solids are polygon models, and there are no STEP files"
 _POINT_DRAW = (0, 0, 0, "generate")
 """(seed, stage, epoch, id) by which the points of an input are drawn: always the same ones."""
 
@@ -338,8 +340,8 @@ def write_outputs(
 ) -> dict[str, str | None]:
     """Write `<name>.txt` of every output, and .json, .step and .png of those that are programs.
 
-    Solids are built in worker processes, `seconds` each at most. Gives for each name None, or why there
-    is no solid (then .step and .png are missing).
+    Without OpenCASCADE there is no .step. Solids are built in worker processes, `seconds` each at most. Gives
+    for each name None, or why there is no solid (then .step and .png are missing).
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     errors = {name: output.error for name, output in outputs.items()}
@@ -385,6 +387,8 @@ class Generated:
     modalities: str
     """What the model was given, such as `text+points`; empty if it was given nothing."""
     caption: str
+    builder: str
+    """What built the solid: `opencascade`, or `polygons` where that is not installed (then no .step)."""
 
 
 def generate_file(checkpoint: Path, out: Path, given: Unread, settings: GenerateSettings) -> None:
@@ -398,7 +402,10 @@ def generate_file(checkpoint: Path, out: Path, given: Unread, settings: Generate
     if result.error is not None:
         raise CadError(f"no solid came out: {result.error}; the text is in {out / 'program.txt'}")
     cut = f" (ended after {settings.max_new_tokens} tokens: --max_new_tokens)" if result.was_cut else ""
-    print(f"wrote {out}/program.txt, program.json, program.step and program.png{cut}")
+    step = "program.step and " if installed_kernel() is Kernel.OPENCASCADE else ""
+    print(f"wrote {out}/program.txt, program.json, {step}program.png{cut}")
+    if not step:
+        print(_NO_KERNEL)
 
 
 def generate_folder(
@@ -422,7 +429,12 @@ def generate_folder(
                 usable[one] = generator.usable(inputs[one].read(), settings.max_new_tokens)
             except DataError as error:
                 results[one] = Generated(
-                    id=one, error=str(error), was_cut=False, modalities="", caption=inputs[one].caption
+                    id=one,
+                    error=str(error),
+                    was_cut=False,
+                    modalities="",
+                    caption=inputs[one].caption,
+                    builder=installed_kernel().value,
                 )
         for result in _generate_and_write(generator, out, usable, settings):
             results[result.id] = result
@@ -453,6 +465,7 @@ def _generate_and_write(
             was_cut=outputs[one].was_cut,
             modalities=given.combo,
             caption=given.caption,
+            builder=installed_kernel().value,
         )
         for one, given in inputs.items()
     ]
@@ -471,4 +484,6 @@ def print_generated(results: Sequence[Generated], out: Path, console: Console) -
         for one in failed:
             reasons.add_row(Text(one.id), Text(one.error or ""))  # as text: brackets are no markup
         console.print(reasons)
+    if any(one.builder == Kernel.POLYGONS.value for one in results):
+        console.print(_NO_KERNEL, highlight=False)
     console.print(f"written to {out}", highlight=False, markup=False)

@@ -1,6 +1,7 @@
 """Generation: under the grammar, in batches, from a checkpoint, and what it leaves on disk."""
 
 import json
+import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from io import BytesIO
@@ -32,6 +33,7 @@ from cad_mllm.generate import (
 from cad_mllm.inputs import Input, InputFiles, read_folder
 from cad_mllm.model.build import build_model
 from cad_mllm.model.export import export_weights
+from tests.kernel import CAD_MLLM, without_opencascade
 
 SEQUENCE = {"target_format": "command", "quantization_bits": 8, "max_seq_length": 512}
 PLATE = "NZ0,0,127,254,254E60P0,0H254V254H0"
@@ -251,6 +253,27 @@ def test_a_folder_of_inputs_becomes_a_folder_of_programs(
     assert made_from["more/cloud0"] == ("text+points", "") and made_from["broken"] == ("", "")
     print_generated(results, out, Console(width=120))
     assert "broken" in capsys.readouterr().out
+
+
+def test_without_opencascade_programs_become_polygon_models_and_it_is_said(
+    tmp_path: Path, checkpoint: Path, twelve: Path
+) -> None:
+    command = [*CAD_MLLM, "generate", "--checkpoint", str(checkpoint)]
+    command += ["--folder", str(twelve), "--modalities", "points", "--best_of", "2", "--max_new_tokens", "60"]
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [*command, "--out", str(out), "--workers", "1"],
+        env=without_opencascade(tmp_path / "hidden"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "OpenCASCADE is not installed: solids are polygon models" in done.stdout
+    lines = [json.loads(line) for line in (out / "generated.jsonl").read_text().splitlines()]
+    assert len(lines) == 8 and {line["builder"] for line in lines} == {"polygons"}
+    solids = [line["id"] for line in lines if line["error"] is None]
+    assert solids and all((out / f"{one}.png").is_file() for one in solids)
+    assert not list(out.rglob("*.step"))
 
 
 def test_a_data_set_is_a_folder_of_inputs_and_modalities_narrow_it(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 What is in the files comes from outside and may be anything: whatever is no shape raises CadError. A kernel
 can still hang on it, or swallow all memory: files that are not known to be good are read in a worker process
-(`cad_mllm.cad.worker`).
+(`cad_mllm.cad.worker`). Without OpenCASCADE programs are read as polygon models, and STEP files not at all.
 """
 
 import io
@@ -13,18 +13,23 @@ from pathlib import Path
 import numpy as np
 import trimesh
 
-from cad_mllm.cad import codec, omnicad, solid
+from cad_mllm.cad import codec, omnicad
 from cad_mllm.cad.grammar import LEVELS
 from cad_mllm.cad.mesh import LARGEST, Mesh
 from cad_mllm.cad.metrics import weld
 from cad_mllm.cad.normalise import normalise
 from cad_mllm.cad.program import CadProgram
 from cad_mllm.cad.program_metrics import canonical
+from cad_mllm.cad.surface import Kernel, installed_kernel, surface_of
 from cad_mllm.errors import CadError
 
 SUFFIXES = (".json", ".txt", ".step", ".stp", ".stl", ".ply", ".obj")
 """What is read; of several files with one name the first in this order, which says most."""
 MAX_FILE_BYTES = 200_000_000
+
+POLYGON_SEGMENTS = 64
+"""Facets of a full circle where programs are polygon models: off by 6e-4 of the longest side at most, the
+meshes of OpenCASCADE by 1e-3. With more, the search for intersections takes most of the time."""
 
 _MESHES = (".stl", ".ply", ".obj")
 
@@ -51,11 +56,12 @@ def read_shape(path: Path) -> Shape:
         if suffix in _MESHES:
             return Shape(mesh=_read_mesh(path, suffix), text=None)
         if suffix in (".step", ".stp"):
-            return Shape(mesh=weld(solid.read_step(path).mesh()), text=None)
+            return Shape(mesh=weld(_read_step(path)), text=None)
         program = _read_program(path, suffix)
     except OSError as error:
         raise CadError(f"cannot be read: {error.strerror or error}") from error
-    return Shape(mesh=weld(solid.build(program).mesh()), text=_canonical_or_none(program))
+    mesh = surface_of(program, installed_kernel(), POLYGON_SEGMENTS).mesh()
+    return Shape(mesh=weld(mesh), text=_canonical_or_none(program))
 
 
 def program_text(given: Path | str) -> str:
@@ -102,6 +108,14 @@ def _canonical_or_none(program: CadProgram) -> str | None:
         return canonical(program)
     except CadError:  # the solid is there all the same
         return None
+
+
+def _read_step(path: Path) -> Mesh:
+    if installed_kernel() is Kernel.POLYGONS:
+        raise CadError("a STEP file can be read with OpenCASCADE alone, which is not installed")
+    from cad_mllm.cad import solid  # imports OpenCASCADE
+
+    return solid.read_step(path).mesh()
 
 
 def _read_mesh(path: Path, suffix: str) -> Mesh:

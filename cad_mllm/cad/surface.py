@@ -39,8 +39,8 @@ class Surface(Protocol):
 class _PolygonSurface:
     """The surface of the polygon model."""
 
-    def __init__(self, program: CadProgram) -> None:
-        self._mesh = mesh_by_manifold(program, POLYGON_SEGMENTS)
+    def __init__(self, program: CadProgram, segments: int) -> None:
+        self._mesh = mesh_by_manifold(program, segments)
 
     def mesh(self) -> Mesh:
         return self._mesh
@@ -55,10 +55,10 @@ def installed_kernel() -> Kernel:
     return Kernel.OPENCASCADE if found else Kernel.POLYGONS
 
 
-def surface_of(program: CadProgram, kernel: Kernel) -> Surface:
+def surface_of(program: CadProgram, kernel: Kernel, polygon_segments: int = POLYGON_SEGMENTS) -> Surface:
     """Build the program's surface. Raises CadError where nothing with a volume is left."""
     if kernel is Kernel.POLYGONS:
-        return _PolygonSurface(program)
+        return _PolygonSurface(program, polygon_segments)
     from cad_mllm.cad import solid  # imports OpenCASCADE
 
     return solid.build(program)

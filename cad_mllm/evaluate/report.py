@@ -74,6 +74,7 @@ def write_report(out: Path, evaluation: Evaluation, *, workers: int, seconds: fl
         "evaluation.html.j2",
         predicted=str(evaluation.predicted),
         truth=str(evaluation.true),
+        builder=evaluation.builder.value,
         summary=summary,
         counted=sum(summary.counts[outcome] for outcome in ("scored", "invalid", "missing")),
         metrics=METRICS,

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from cad_mllm.cad.program_metrics import fingerprint
 from cad_mllm.cad.shapefile import program_text
+from cad_mllm.cad.surface import Kernel, installed_kernel
 from cad_mllm.cad.worker import run_limited
 from cad_mllm.data.atomic import atomic_path, make_writable, write_json
 from cad_mllm.data.progress import SlowProgress
@@ -30,6 +31,7 @@ SECONDS = 60.0
 SUMMARY_FILE, SAMPLES_FILE = "summary.json", "samples.csv"
 FORMAT = 1
 
+NO_KERNEL = "OpenCASCADE is not installed: solids of programs are polygon models, and STEP files are not read"
 _LISTED = 20
 """Failures that are printed; the files hold all."""
 
@@ -47,6 +49,8 @@ class Evaluation:
     files: dict[str, Pair]
     """Id -> its files, of all ids that have a truth."""
     unreadable: tuple[str, ...]
+    builder: Kernel
+    """What solids of programs were built with."""
 
 
 def evaluate(
@@ -88,6 +92,7 @@ def evaluate(
             *(f"--true {line}" for line in truths.unreadable),
             *inputs.unreadable,
         ),
+        builder=installed_kernel(),
     )
 
 
@@ -179,6 +184,7 @@ def write_tables(out: Path, evaluation: Evaluation) -> None:
             "format": FORMAT,
             "predicted": str(evaluation.predicted),
             "true": str(evaluation.true),
+            "builder": evaluation.builder.value,
             "definitions": {metric.name: metric.definition for metric in METRICS},
             "summary": evaluation.summary.as_json(),
             "failures": [
@@ -194,6 +200,8 @@ def write_tables(out: Path, evaluation: Evaluation) -> None:
 def print_summary(evaluation: Evaluation, console: Console) -> None:
     """What was counted, the failures, and one line for each metric."""
     summary = evaluation.summary
+    if evaluation.builder is Kernel.POLYGONS:
+        console.print(NO_KERNEL, highlight=False)
     counts = Table(title="ids", title_justify="left")
     for outcome in Outcome:
         counts.add_column(outcome.value, justify="right")

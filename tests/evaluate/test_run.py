@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from cad_mllm.errors import DataError
 from cad_mllm.evaluate import run
 from cad_mllm.evaluate.score import Outcome, Pair, Sample, score
 from tests.cad.shapes import CUBE, DRILLED
+from tests.kernel import CAD_MLLM, without_opencascade
 
 PLATE = "NZ0,0,127,254,254E60P0,0H254V254H0"
 TALLER = PLATE.replace("E60", "E70")
@@ -108,6 +110,30 @@ def test_tables_hold_every_id(evaluation: run.Evaluation, tmp_path: Path) -> Non
         "a/none",
         "stray",
     }
+
+
+def test_without_opencascade_polygon_models_are_compared_and_it_is_said(
+    evaluation: run.Evaluation, folders: Path, tmp_path: Path
+) -> None:
+    put(tmp_path / "pred/a/good.txt", PLATE)
+    put(tmp_path / "pred/a/near.txt", TALLER)
+    put(tmp_path / "pred/a/bad.step", "ISO-10303-21;")
+    command = [*CAD_MLLM, "evaluate", "--pred", str(tmp_path / "pred")]
+    command += ["--true", str(folders / "true"), "--out", str(tmp_path / "out"), "--workers", "1"]
+    hidden = without_opencascade(tmp_path / "hidden")
+    done = subprocess.run(command, env=hidden, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "solids of programs are polygon models" in done.stdout
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["builder"] == "polygons"
+    reasons = {entry["id"]: entry["reason"] for entry in summary["failures"]}
+    assert "OpenCASCADE alone" in reasons["a/bad"]
+    with (tmp_path / "out/samples.csv").open(newline="") as file:
+        near = next(row for row in csv.DictReader(file) if row["id"] == "a/near")
+    figures = by_id(evaluation)["a/near"].figures
+    assert figures is not None
+    for name in ("iou", "chamfer", "f_score"):
+        assert float(near[name]) == pytest.approx(figures[name], rel=0.02)
 
 
 def test_the_same_folders_give_the_same_figures(evaluation: run.Evaluation, folders: Path) -> None:
