@@ -307,8 +307,12 @@ class GenerateArguments:
     others agree with most."""
     temperature: float | None = None
     """Of drawn tokens; 0 takes the likeliest. Unset: 0; with --best_of .8, but for the first candidate."""
+    noise: float = 0.0
+    """Robustness: standard deviation of Gaussian noise on the points, in half longest sides of their box."""
+    dropped: float = 0.0
+    """Robustness: share of the points that are left out at random, 0 to .99."""
     seed: int = 0
-    """Of the draws."""
+    """Of the draws, the noise and the points left out."""
     batch_size: int = 8
     """Inputs that are computed together."""
     workers: int = 0
@@ -330,6 +334,8 @@ def generate(argv: Sequence[str]) -> ExitCode:
     for flag, value in (("max_new_tokens", 1), ("best_of", 1), ("batch_size", 1), ("workers", 0)):
         _require(f"--{flag}", getattr(arguments, flag), value)
     _require("--temperature", arguments.temperature or 0.0, 0)
+    _require("--noise", arguments.noise, 0)
+    _require("--dropped", arguments.dropped, 0, 0.99)
     if arguments.best_of > 1 and arguments.temperature == 0:
         raise ConfigError("--best_of with --temperature 0 would make the same candidate every time: raise it")
     single = arguments.text or arguments.points is not None or arguments.image is not None
@@ -340,7 +346,7 @@ def generate(argv: Sequence[str]) -> ExitCode:
     from rich.console import Console
 
     from cad_mllm.generate import GenerateSettings, generate_file, generate_folder, print_generated
-    from cad_mllm.inputs import InputFiles, read_folder
+    from cad_mllm.inputs import InputFiles, Worse, read_folder
 
     drawn = _CANDIDATE_TEMPERATURE if arguments.best_of > 1 else 0.0
     how = GenerateSettings(
@@ -350,6 +356,7 @@ def generate(argv: Sequence[str]) -> ExitCode:
         seed=arguments.seed,
         batch_size=arguments.batch_size,
         workers=arguments.workers or os.cpu_count() or 1,
+        worse=Worse(noise=arguments.noise, dropped=arguments.dropped),
     )
     if arguments.folder is None:
         given = InputFiles(

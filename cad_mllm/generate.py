@@ -5,7 +5,7 @@ Shapes: B inputs of T prompt positions, D hidden channels, V vocabulary, R new t
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ from cad_mllm.data.sequence import (
     target_ids,
 )
 from cad_mllm.errors import CadError, CheckpointError, ConfigError, DataError
-from cad_mllm.inputs import Input, Unread
+from cad_mllm.inputs import Input, Unread, Worse
 from cad_mllm.model.export import MANIFEST, Exported, load_exported
 from cad_mllm.model.seeding import private_rng
 
@@ -373,6 +373,8 @@ class GenerateSettings:
     batch_size: int = 8
     workers: int = 1
     """Processes that build solids."""
+    worse: Worse = field(default_factory=Worse)
+    """What is done to the points, by `seed`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,6 +391,10 @@ class Generated:
     caption: str
     builder: str
     """What built the solid: `opencascade`, or `polygons` where that is not installed (then no .step)."""
+    noise: float
+    """What was added to the points that the model was given: see `Worse`."""
+    dropped: float
+    """What was left out of them."""
 
 
 def generate_file(checkpoint: Path, out: Path, given: Unread, settings: GenerateSettings) -> None:
@@ -397,7 +403,7 @@ def generate_file(checkpoint: Path, out: Path, given: Unread, settings: Generate
     Errors as for `Generator.generate`; CadError as well: no solid came out (the .txt is there to look at).
     """
     make_writable(out, "--out")
-    read = given.read()
+    read = settings.worse.of(given.read(), settings.seed, "program")
     (result,) = _generate_and_write(Generator.from_checkpoint(checkpoint), out, {"program": read}, settings)
     if result.error is not None:
         raise CadError(f"no solid came out: {result.error}; the text is in {out / 'program.txt'}")
@@ -426,7 +432,8 @@ def generate_folder(
         usable: dict[str, Input] = {}
         for one in some:
             try:
-                usable[one] = generator.usable(inputs[one].read(), settings.max_new_tokens)
+                given = settings.worse.of(inputs[one].read(), settings.seed, one)
+                usable[one] = generator.usable(given, settings.max_new_tokens)
             except DataError as error:
                 results[one] = Generated(
                     id=one,
@@ -435,6 +442,7 @@ def generate_folder(
                     modalities="",
                     caption=inputs[one].caption,
                     builder=installed_kernel().value,
+                    **asdict(settings.worse),
                 )
         for result in _generate_and_write(generator, out, usable, settings):
             results[result.id] = result
@@ -466,6 +474,7 @@ def _generate_and_write(
             modalities=given.combo,
             caption=given.caption,
             builder=installed_kernel().value,
+            **asdict(settings.worse),
         )
         for one, given in inputs.items()
     ]

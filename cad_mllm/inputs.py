@@ -1,15 +1,17 @@
 """What programs are generated from: one input, or a folder of them."""
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from PIL import Image
 
 from cad_mllm.data.check import read_candidates
 from cad_mllm.data.files import FloatArray, UnusableFileError, load_image, load_points
 from cad_mllm.data.layout import JSON_FOLDER, POINT_SUFFIXES, TEXT_FOLDER, Source, walk_files
+from cad_mllm.data.order import stable_hash
 from cad_mllm.data.sequence import MODALITIES, Combo
 from cad_mllm.data.shards import ShardedSplit, is_sharded, read_manifest
 from cad_mllm.data.stores import Shards
@@ -39,6 +41,35 @@ class Input:
         points, image = self.points_NC is not None, self.image is not None
         given = {name for name, there in (("points", points), ("image", image)) if there}
         return next(combo for combo, modalities in MODALITIES.items() if modalities == given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worse:
+    """How much worse points are made before a model sees them, to test how robust it is.
+
+    The model sees the cloud as it then is: scaled by the box of the noisy points, as a scan would be.
+    """
+
+    noise: float = 0.0
+    """Standard deviation of what is added to coordinates, in half longest sides of the box of the cloud."""
+    dropped: float = 0.0
+    """Share of the points that are left out, below 1; one is always kept."""
+
+    def of(self, given: Input, seed: int, sample_id: str) -> Input:
+        """The input with such points, always the same ones for seed and id; normals stay as they are.
+
+        A higher share leaves out what a lower one does, more noise points the same way as less.
+        """
+        if given.points_NC is None or (self.noise, self.dropped) == (0.0, 0.0):
+            return given
+        points_NC = given.points_NC
+        rng = np.random.default_rng(stable_hash("worse", seed, sample_id))
+        order_N = rng.permutation(len(points_NC))
+        half_side = np.ptp(points_NC[:, :3], axis=0).max() / 2
+        xyz = points_NC[:, :3] + self.noise * half_side * rng.standard_normal((len(points_NC), 3))
+        kept_P = np.sort(order_N[: max(1, round(len(points_NC) * (1 - self.dropped)))])
+        worse_NC = np.concatenate([xyz, points_NC[:, 3:]], axis=1, dtype=np.float32)
+        return replace(given, points_NC=worse_NC[kept_P])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ from cad_mllm.generate import (
     print_generated,
     write_outputs,
 )
-from cad_mllm.inputs import Input, InputFiles, read_folder
+from cad_mllm.inputs import Input, InputFiles, Worse, read_folder
 from cad_mllm.model.build import build_model
 from cad_mllm.model.export import export_weights
 from tests.kernel import CAD_MLLM, without_opencascade
@@ -253,6 +253,45 @@ def test_a_folder_of_inputs_becomes_a_folder_of_programs(
     assert made_from["more/cloud0"] == ("text+points", "") and made_from["broken"] == ("", "")
     print_generated(results, out, Console(width=120))
     assert "broken" in capsys.readouterr().out
+
+
+def test_worse_points_follow_from_seed_and_id_alone() -> None:
+    cloud = _cloud(1) * np.array([3, 1, 1, 1, 1, 1], np.float32)  # longest half side: 3
+    given = Input(caption="a ring", points_NC=cloud)
+    assert Worse().of(given, 1, "a") is given
+
+    def worse(noise: float, dropped: float, seed: int = 1, sample_id: str = "a") -> np.ndarray:
+        changed = Worse(noise=noise, dropped=dropped).of(given, seed, sample_id)
+        assert changed.caption == "a ring" and changed.points_NC is not None
+        return changed.points_NC
+
+    noisy = worse(0.02, 0.0)
+    moved = noisy[:, :3] - cloud[:, :3]
+    half_side = np.ptp(cloud[:, :3], axis=0).max() / 2
+    assert moved.std() == pytest.approx(0.02 * half_side, rel=0.1) and abs(moved.mean()) < 0.01
+    assert np.array_equal(noisy[:, 3:], cloud[:, 3:])
+    np.testing.assert_allclose(worse(0.04, 0.0)[:, :3] - cloud[:, :3], 2 * moved, atol=1e-5)
+    half, few = ({row.tobytes() for row in worse(0.0, share)} for share in (0.5, 0.95))
+    assert (len(half), len(few)) == (150, 15) and few < half < {row.tobytes() for row in cloud}
+    assert len(Worse(dropped=0.99).of(replace(given, points_NC=cloud[:5]), 1, "a").points_NC) == 1  # type: ignore[arg-type]
+    assert np.array_equal(worse(0.02, 0.5), worse(0.02, 0.5))
+    assert not np.array_equal(worse(0.02, 0.0), worse(0.02, 0.0, seed=2))
+    assert not np.array_equal(worse(0.02, 0.0), worse(0.02, 0.0, sample_id="b"))
+
+
+def test_the_list_says_how_much_worse_the_points_were(
+    tmp_path: Path, checkpoint: Path, generator: Generator
+) -> None:
+    np.savez(tmp_path / "cloud.npz", points=_cloud(1))
+    files = InputFiles(caption="", points=tmp_path / "cloud.npz", image=None)
+    worse = Worse(noise=0.05, dropped=0.8)
+    how = GenerateSettings(max_new_tokens=60, seed=3, worse=worse)
+    (result,) = generate_folder(checkpoint, tmp_path / "out", {"cloud": files}, how)
+    assert (result.noise, result.dropped) == (0.05, 0.8)
+    (line,) = (tmp_path / "out/generated.jsonl").read_text().splitlines()
+    assert (json.loads(line)["noise"], json.loads(line)["dropped"]) == (0.05, 0.8)
+    (expected,) = generator.generate([worse.of(files.read(), 3, "cloud")], 60)
+    assert (tmp_path / "out/cloud.txt").read_text() == expected.text + "\n"
 
 
 def test_without_opencascade_programs_become_polygon_models_and_it_is_said(

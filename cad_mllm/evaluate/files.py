@@ -6,8 +6,9 @@ made from, one object a line:
 
     {"id": "0000/00000071_00005", "modalities": "text+points", "caption": "A plate", "points": "in/1.npz"}
 
-All but the id may be missing; `points` and `image` are files, relative to the folder. For what the modalities
-name and the line does not give, the true data stand in: its caption (`txt/`), its cloud, its first view.
+All but the id may be missing; `points` and `image` are files, relative to the folder; `noise` and `dropped`
+say how much worse the points were made than those. For what the modalities name and the line does not give,
+the true data stand in: its caption (`txt/`), its cloud, its first view.
 """
 
 import json
@@ -48,6 +49,10 @@ class Given:
     caption: str = ""
     points: Path | None = None
     image: Path | None = None
+    noise: float = 0.0
+    """Standard deviation of what was added to the points, in half longest sides of their box."""
+    dropped: float = 0.0
+    """Share of the points that were left out."""
 
 
 @dataclass
@@ -146,6 +151,8 @@ def _add_given(inputs: Inputs, line: str, predicted: Path, true: Path) -> None:
         points=_file(inputs, entry, "points", predicted)
         or (source.points_file(sample_id) if "points" in modalities.split("+") else None),
         image=_file(inputs, entry, "image", predicted) or next(iter(views), None),
+        noise=_level(entry, "noise"),
+        dropped=_level(entry, "dropped"),
     )
 
 
@@ -168,6 +175,11 @@ def _file(inputs: Inputs, entry: Mapping[str, object], key: str, folder: Path) -
         inputs.unreadable.append(f"{GENERATED_FILE}: {name[:60]!a} leaves the folder")
         return None
     return folder / name if (folder / name).is_file() else None
+
+
+def _level(entry: Mapping[str, object], key: str) -> float:
+    value = entry.get(key)
+    return float(value) if isinstance(value, float) and 0 <= value <= 1 else 0.0
 
 
 def _text(entry: Mapping[str, object], key: str) -> str:

@@ -30,6 +30,7 @@ from cad_mllm.report import data_uri, render_page
 REPORT_FILE = "report.html"
 
 _RUN = re.compile(r"(noise|dropped)-(0?\.[0-9]{1,4})")
+_CLEAN = {"noise": 0.0, "dropped": 0.0}
 _OURS, _THEIRS = "#1f4e79", "#c2410c"
 _SHOWN_IN_CARD = ("chamfer", "iou", "f_score", "normal_consistency", "command_accuracy")
 _HISTOGRAMS = ("chamfer", "f_score", "iou", "normal_consistency", "commands", "command_accuracy")
@@ -198,7 +199,12 @@ def robustness_runs(out: Path) -> tuple[list[Run], list[str]]:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             unusable.append(f"{folder.name}/{SUMMARY_FILE}: no summary with a distance ({error})")
             continue
-        runs.append(Run(match.group(1), float(match.group(2)), line))
+        kind, level = match.group(1), float(match.group(2))
+        worse = content.get("worse", [])
+        if worse not in ([], [_CLEAN], [_CLEAN | {kind: level}]):  # lists of others say nothing
+            unusable.append(f"{folder.name}/{SUMMARY_FILE}: its points were made worse by {worse}")
+            continue
+        runs.append(Run(kind, level, line))
     return sorted(runs, key=lambda run: (run.kind, run.level)), unusable
 
 

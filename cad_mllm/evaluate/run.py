@@ -185,6 +185,7 @@ def write_tables(out: Path, evaluation: Evaluation) -> None:
             "predicted": str(evaluation.predicted),
             "true": str(evaluation.true),
             "builder": evaluation.builder.value,
+            "worse": [{"noise": noise, "dropped": dropped} for noise, dropped in _worse(evaluation)],
             "definitions": {metric.name: metric.definition for metric in METRICS},
             "summary": evaluation.summary.as_json(),
             "failures": [
@@ -195,6 +196,12 @@ def write_tables(out: Path, evaluation: Evaluation) -> None:
             "unreadable": list(evaluation.unreadable),
         },
     )
+
+
+def _worse(evaluation: Evaluation) -> list[tuple[float, float]]:
+    """How much worse the points of predictions were made, as far as is known: (noise, dropped), each once."""
+    ids = [s.id for s in evaluation.samples if s.outcome in (Outcome.SCORED, Outcome.INVALID)]
+    return sorted({(given.noise, given.dropped) for given in map(evaluation.inputs.of, ids)})
 
 
 def print_summary(evaluation: Evaluation, console: Console) -> None:

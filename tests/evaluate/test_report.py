@@ -197,13 +197,17 @@ def test_runs_with_worse_points_are_found_by_the_names_of_their_folders(tmp_path
         tmp_path / "dropped-0.2/summary.json", json.dumps({"summary": {"lines": {"chamfer": {"mean": None}}}})
     )
     put(tmp_path / "noise-0.03", "a file")
+    said = [{"noise": 0.0, "dropped": 0.5}]
+    put(tmp_path / "dropped-0.5/summary.json", json.dumps({**summary, "worse": said}))
+    put(tmp_path / "noise-0.5/summary.json", json.dumps({**summary, "worse": said}))
     runs, unusable = robustness_runs(tmp_path)
     assert [(entry.kind, entry.level) for entry in runs] == [
+        ("dropped", 0.5),
         ("dropped", 0.95),
         ("noise", 0.01),
         ("noise", 0.05),
     ]
-    assert len(unusable) == 1 and unusable[0].startswith("dropped-0.2/")
+    assert [line.partition("/")[0] for line in unusable] == ["dropped-0.2", "noise-0.5"]
 
 
 def test_an_input_that_is_a_bomb_or_broken_is_not_shown_and_costs_nothing_else(tmp_path: Path) -> None:
