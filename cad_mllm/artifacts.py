@@ -5,7 +5,6 @@ Without OpenCASCADE solids are polygon models, and there is no STEP.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from cad_mllm.cad import render
@@ -14,7 +13,6 @@ from cad_mllm.cad.surface import Kernel, installed_kernel, surface_of
 from cad_mllm.cad.worker import run_limited
 from cad_mllm.data.atomic import atomic_path
 from cad_mllm.data.files import FloatArray
-from cad_mllm.data.progress import SlowProgress
 from cad_mllm.errors import CadError
 
 _PICTURE_SIZE = 448
@@ -28,24 +26,8 @@ class Artifact:
     program: CadProgram
 
 
-def sample_surfaces(
-    programs: Sequence[CadProgram], num_points: int, *, workers: int, seconds: float
-) -> list[FloatArray | None]:
-    """Points on the solid of each program, (P, 6), in its own unit; None where there is no solid."""
-    surfaces: list[FloatArray | None] = [None] * len(programs)
-    if not programs:
-        return surfaces
-    sample = partial(_sample_surface, num_points=num_points)
-    with SlowProgress("building candidates", len(programs)) as progress:
-        for number, outcome in run_limited(
-            sample, programs, workers=min(workers, len(programs)), seconds=seconds
-        ):
-            progress.advance()
-            surfaces[number] = None if isinstance(outcome, CadError) else outcome
-    return surfaces
-
-
-def _sample_surface(program: CadProgram, num_points: int) -> FloatArray:
+def sample_surface(program: CadProgram, num_points: int) -> FloatArray:
+    """Points on the solid of a program, (P, 6), in its own unit. CadError: there is no solid."""
     return surface_of(program, installed_kernel()).sample(num_points, seed=0)
 
 

@@ -315,6 +315,8 @@ class GenerateArguments:
     """Of the draws, the noise and the points left out."""
     batch_size: int = 8
     """Inputs that are computed together."""
+    programs_only: bool = False
+    """Write program texts and JSON alone, which `evaluate` reads: no STEP, no pictures."""
     workers: int = 0
     """Processes that build solids. 0: one per core."""
 
@@ -356,6 +358,7 @@ def generate(argv: Sequence[str]) -> ExitCode:
         seed=arguments.seed,
         batch_size=arguments.batch_size,
         workers=arguments.workers or os.cpu_count() or 1,
+        programs_only=arguments.programs_only,
         worse=Worse(noise=arguments.noise, dropped=arguments.dropped),
     )
     if arguments.folder is None:

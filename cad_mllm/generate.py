@@ -6,6 +6,7 @@ Shapes: B inputs of T prompt positions, D hidden channels, V vocabulary, R new t
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from cad_mllm.cad.surface import Kernel, installed_kernel
 from cad_mllm.choose import choose
 from cad_mllm.data.atomic import atomic_path, make_writable
 from cad_mllm.data.collate import Batch, Sample, collate, image_array, select_points
+from cad_mllm.data.order import stable_hash
 from cad_mllm.data.progress import SlowProgress
 from cad_mllm.data.sequence import (
     MODALITIES,
@@ -42,7 +44,7 @@ from cad_mllm.model.seeding import private_rng
 
 DEFAULT_MAX_NEW_TOKENS = 1024
 LIST_FILE = "generated.jsonl"
-_WRITTEN_AT_ONCE = 256
+_WRITTEN_AT_ONCE = 512
 """Inputs after which files are written: a run that is stopped keeps most, workers start seldom."""
 _WRITING_SECONDS = 60.0
 _NO_KERNEL = "OpenCASCADE is not installed: solids are polygon models, and there are no STEP files"
@@ -122,8 +124,15 @@ class Generator:
             for first in range(0, len(inputs), batch_size):
                 batch = inputs[first : first + batch_size]
                 drafts = [self._begin(given, max_new_tokens) for given in batch]
-                samples = [self._sample(given) for given in batch]
-                tokens_BR = self._generate_batch(samples, drafts, max_new_tokens, temperature, seed, progress)
+                distinct = {id(given): given for given in batch}  # several draws of one: encoded once
+                samples = [self._sample(given) for given in distinct.values()]
+                places = {key: row for row, key in enumerate(distinct)}
+                rows = [places[id(given)] for given in batch]
+                # Each batch has draws of its own: rows of one place in two batches would be alike.
+                key = stable_hash("draws", seed, first) % 2**63
+                tokens_BR = self._generate_batch(
+                    samples, rows, drafts, max_new_tokens, temperature, key, progress
+                )
                 for given, draft, tokens_R in zip(batch, drafts, tokens_BR.tolist(), strict=True):
                     output = self._read(given.start, tokens_R, max_new_tokens)
                     outputs.append(replace(output, was_cut=draft is not None and draft.was_cut))
@@ -150,14 +159,20 @@ class Generator:
             return self.generate(
                 inputs, max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size
             )
-        rounds = [self.generate(inputs, max_new_tokens, batch_size=batch_size)]
-        rounds += [
+        greedy = self.generate(inputs, max_new_tokens, batch_size=batch_size)
+        # A batch lasts as long as its longest program: programs of like length go together.
+        by_length = sorted(range(len(inputs)), key=lambda number: len(greedy[number].text))
+        drawn = iter(
             self.generate(
-                inputs, max_new_tokens, temperature=temperature, seed=seed + number, batch_size=batch_size
+                [inputs[number] for number in by_length for _ in range(1, candidates)],
+                max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                batch_size=batch_size,
             )
-            for number in range(1, candidates)
-        ]
-        each = [list(outputs) for outputs in zip(*rounds, strict=True)]
+        )
+        of_input = {number: [greedy[number], *islice(drawn, candidates - 1)] for number in by_length}
+        each = [of_input[number] for number in range(len(inputs))]
         chosen = choose(
             [[output.program for output in outputs] for outputs in each],
             [given.points_NC for given in inputs],
@@ -209,17 +224,19 @@ class Generator:
     def _generate_batch(
         self,
         samples: Sequence[Sample],
+        rows: Sequence[int],
         drafts: Sequence[Draft | None],
         limit: int,
         temperature: float,
         seed: int,
         progress: SlowProgress,
     ) -> Tensor:
-        """Give the new tokens (B, R), padded behind EOS."""
+        """Give the new tokens (B, R), padded behind EOS, of one draft for each of `rows` of the samples."""
         model, tokenizer = self._built.model, self._built.tokenizer
         device = next(model.parameters()).device
         batch = collate(samples, self._spec, pad_id(tokenizer)).to(device)
-        embeds_BTD, attention_mask_BT = _left_padded(self._embed(batch), batch.attention_mask_BT)
+        embeds, attention_mask = _left_padded(self._embed(batch), batch.attention_mask_BT)
+        rows_B = torch.tensor(rows, device=device)
         processor = _StepProcessor(drafts, progress)
         config = GenerationConfig(
             max_new_tokens=limit,
@@ -232,8 +249,8 @@ class Generator:
         )
         with private_rng(seed, device):
             tokens_BR: Tensor = model.lm.generate(
-                inputs_embeds=embeds_BTD,
-                attention_mask=attention_mask_BT,
+                inputs_embeds=embeds[rows_B],
+                attention_mask=attention_mask[rows_B],
                 generation_config=config,
                 logits_processor=LogitsProcessorList([processor]),
             )
@@ -336,12 +353,18 @@ def find_export(path: Path) -> Path:
 
 
 def write_outputs(
-    out_dir: Path, outputs: Mapping[str, Output], *, workers: int = 1, seconds: float = _WRITING_SECONDS
+    out_dir: Path,
+    outputs: Mapping[str, Output],
+    *,
+    programs_only: bool = False,
+    workers: int = 1,
+    seconds: float = _WRITING_SECONDS,
 ) -> dict[str, str | None]:
     """Write `<name>.txt` of every output, and .json, .step and .png of those that are programs.
 
     Without OpenCASCADE there is no .step. Solids are built in worker processes, `seconds` each at most. Gives
-    for each name None, or why there is no solid (then .step and .png are missing).
+    for each name None, or why there is no solid (then .step and .png are missing). With `programs_only`
+    none is built, and what is a program has no error.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     errors = {name: output.error for name, output in outputs.items()}
@@ -355,7 +378,8 @@ def write_outputs(
         if output.program is not None:
             written = json.dumps(omnicad.to_json(output.program), indent=1)
             stem.with_name(f"{stem.name}.json").write_text(written, encoding="utf-8")
-            artifacts[name] = Artifact(stem, output.program)
+            if not programs_only:
+                artifacts[name] = Artifact(stem, output.program)
     failures = write_artifacts(list(artifacts.values()), workers=workers, seconds=seconds)
     return errors | dict(zip(artifacts, failures, strict=True))
 
@@ -373,8 +397,15 @@ class GenerateSettings:
     batch_size: int = 8
     workers: int = 1
     """Processes that build solids."""
+    programs_only: bool = False
+    """Write texts and JSON alone: no solid is built for STEP and picture."""
     worse: Worse = field(default_factory=Worse)
     """What is done to the points, by `seed`."""
+
+    @property
+    def builder(self) -> str | None:
+        """What builds solids; None if none are built."""
+        return None if self.programs_only else installed_kernel().value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,14 +414,15 @@ class Generated:
 
     id: str
     error: str | None
-    """Why there is no solid; None if there is one."""
+    """Why there is no solid; None if there is one. Of programs alone: why there is no program."""
     was_cut: bool
     """The program had to end where it does."""
     modalities: str
     """What the model was given, such as `text+points`; empty if it was given nothing."""
     caption: str
-    builder: str
-    """What built the solid: `opencascade`, or `polygons` where that is not installed (then no .step)."""
+    builder: str | None
+    """What built the solid: `opencascade`, or `polygons` where that is not installed (then no .step); None if
+    programs alone were written."""
     noise: float
     """What was added to the points that the model was given: see `Worse`."""
     dropped: float
@@ -408,9 +440,12 @@ def generate_file(checkpoint: Path, out: Path, given: Unread, settings: Generate
     if result.error is not None:
         raise CadError(f"no solid came out: {result.error}; the text is in {out / 'program.txt'}")
     cut = f" (ended after {settings.max_new_tokens} tokens: --max_new_tokens)" if result.was_cut else ""
-    step = "program.step and " if installed_kernel() is Kernel.OPENCASCADE else ""
-    print(f"wrote {out}/program.txt, program.json, {step}program.png{cut}")
-    if not step:
+    made = ["program.txt", "program.json"]
+    has_step = installed_kernel() is Kernel.OPENCASCADE
+    if not settings.programs_only:
+        made += ["program.step", "program.png"] if has_step else ["program.png"]
+    print(f"wrote {out}/{', '.join(made[:-1])} and {made[-1]}{cut}")
+    if not (has_step or settings.programs_only):
         print(_NO_KERNEL)
 
 
@@ -441,7 +476,7 @@ def generate_folder(
                     was_cut=False,
                     modalities="",
                     caption=inputs[one].caption,
-                    builder=installed_kernel().value,
+                    builder=settings.builder,
                     **asdict(settings.worse),
                 )
         for result in _generate_and_write(generator, out, usable, settings):
@@ -465,7 +500,7 @@ def _generate_and_write(
         workers=settings.workers,
     )
     outputs = dict(zip(inputs, generated, strict=True))
-    errors = write_outputs(out, outputs, workers=settings.workers)
+    errors = write_outputs(out, outputs, programs_only=settings.programs_only, workers=settings.workers)
     return [
         Generated(
             id=one,
@@ -473,7 +508,7 @@ def _generate_and_write(
             was_cut=outputs[one].was_cut,
             modalities=given.combo,
             caption=given.caption,
-            builder=installed_kernel().value,
+            builder=settings.builder,
             **asdict(settings.worse),
         )
         for one, given in inputs.items()
@@ -484,12 +519,13 @@ def print_generated(results: Sequence[Generated], out: Path, console: Console) -
     """Counts as a table, then each input without a solid and why."""
     table = Table("generated", "")
     table.add_row("inputs", str(len(results)))
-    table.add_row("solids", str(sum(one.error is None for one in results)))
+    done = "programs" if all(one.builder is None for one in results) else "solids"
+    table.add_row(done, str(sum(one.error is None for one in results)))
     table.add_row("ended by --max_new_tokens", str(sum(one.was_cut for one in results)))
     console.print(table)
     failed = [one for one in results if one.error is not None]
     if failed:
-        reasons = Table("no solid", "reason")
+        reasons = Table(f"no {done.removesuffix('s')}", "reason")
         for one in failed:
             reasons.add_row(Text(one.id), Text(one.error or ""))  # as text: brackets are no markup
         console.print(reasons)

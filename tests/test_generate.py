@@ -123,8 +123,9 @@ def test_what_was_given_is_what_the_model_reads(generator: Generator) -> None:
 def test_the_best_of_several_is_the_nearest_to_the_points(generator: Generator) -> None:
     best = generator.generate_best(INPUTS[1:2], 60, candidates=4, temperature=1.5, seed=1)
     greedy = generator.generate(INPUTS[1:2], 60)
-    drawn = [generator.generate(INPUTS[1:2], 60, temperature=1.5, seed=1 + n) for n in (0, 1, 2)]
-    assert best[0] in [*greedy, *(one for (one,) in drawn)]
+    drawn = generator.generate(INPUTS[1:2] * 3, 60, temperature=1.5, seed=1)
+    assert len({one.text for one in drawn}) == 3
+    assert best[0] in [*greedy, *drawn]
     once = generator.generate_best(INPUTS[1:2], 60, candidates=1, temperature=0.0)
     assert once == greedy
 
@@ -211,6 +212,14 @@ def test_a_program_leaves_text_json_step_and_picture_and_a_failure_only_its_text
     assert (tmp_path / "s0.step").read_text().startswith("ISO-10303-21")
     with Image.open(tmp_path / "s0.png") as picture:
         assert picture.size == (448, 448) and len(picture.convert("L").getcolors() or []) > 2
+
+
+def test_programs_alone_leave_no_step_and_no_picture(tmp_path: Path) -> None:
+    (tmp_path / "s0.png").write_text("of an earlier run")
+    outputs = _said([PLATE, "NZ0,0,127,25"])
+    errors = write_outputs(tmp_path, outputs, programs_only=True)
+    assert errors == {"s0": None, "s1": outputs["s1"].error}
+    assert {path.name for path in tmp_path.iterdir()} == {"s0.txt", "s0.json", "s1.txt"}
 
 
 @pytest.fixture

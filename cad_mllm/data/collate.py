@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from cad_mllm.data import order
+from cad_mllm.data.clouds import normalise_points
 from cad_mllm.data.files import FloatArray
 from cad_mllm.data.sequence import Combo, SequenceSpec, build_prompt
 
@@ -116,20 +117,6 @@ class Batch:
             )
             changed["packed"] = packed
         return replace(self, **changed)
-
-
-def normalise_points(points_NC: FloatArray, rows_P: order.IntArray | None = None) -> FloatArray:
-    """The cloud with its box centred at the origin and the longest half-extent 1; normals as they are.
-
-    `rows_P`: which of its points are wanted, of the cloud normalised as a whole; None: all.
-    """
-    along_3N = np.ascontiguousarray(points_NC[:, :3].T)  # a reduction over rows of six is many times slower
-    low, high = along_3N.min(axis=1), along_3N.max(axis=1)
-    half_extent = float((high - low).max()) / 2
-    wanted_PC = points_NC if rows_P is None else points_NC.take(rows_P, axis=0)
-    centred = wanted_PC[:, :3] - (low + high) / 2
-    xyz = centred / half_extent if half_extent > 0 else centred  # a single point has no extent
-    return np.concatenate([xyz, wanted_PC[:, 3:]], axis=1, dtype=np.float32)
 
 
 def select_points(points_NC: FloatArray, spec: SequenceSpec, draw: tuple[int, int, int, str]) -> FloatArray:
