@@ -381,9 +381,9 @@ class EvaluateArguments:
     pred: Path
     """Folder of predictions, as `generate` writes them: command text, Omni-CAD JSON, STEP, STL, PLY, OBJ."""
     true: Path
-    """Folder of the true models, of the same kinds, or a data folder in the Omni-CAD layout."""
+    """Folder of the true models, of the same kinds, or a data set: in the Omni-CAD layout or sharded."""
     train: Path | None = None
-    """Training set, for novelty: a folder of programs, or a file with one command text a line."""
+    """Training set, for novelty: a folder of programs, a data set, or a file with one command text a line."""
     out: Path = Path("outputs/evaluation")
     """Folder for samples.csv, summary.json and report.html."""
     workers: int = 0

@@ -13,7 +13,7 @@ from cad_mllm.data.files import FloatArray, UnusableFileError, load_image, load_
 from cad_mllm.data.layout import JSON_FOLDER, POINT_SUFFIXES, TEXT_FOLDER, Source, walk_files
 from cad_mllm.data.order import stable_hash
 from cad_mllm.data.sequence import MODALITIES, Combo
-from cad_mllm.data.shards import ShardedSplit, is_sharded, read_manifest
+from cad_mllm.data.shards import ShardedSplit, held_out, is_sharded
 from cad_mllm.data.stores import Shards
 from cad_mllm.errors import DataError
 
@@ -156,8 +156,7 @@ def _of_data_set(source: Source) -> Mapping[str, InputFiles]:
 
 
 def _of_shards(root: Path, modalities: Set[Given]) -> Mapping[str, InputRow]:
-    manifest = read_manifest(root)
-    split = ShardedSplit(root, "val" if manifest.num_rows("val") else "train", manifest)
+    split = held_out(root)
     captions = split.column("caption") if "text" in modalities else [""] * len(split)
     return {
         sample_id: InputRow(caption=caption, split=split, row=row, modalities=modalities)

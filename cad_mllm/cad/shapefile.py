@@ -15,6 +15,7 @@ import trimesh
 
 from cad_mllm.cad import codec, omnicad
 from cad_mllm.cad.grammar import LEVELS
+from cad_mllm.cad.jsonfile import loads
 from cad_mllm.cad.mesh import LARGEST, Mesh
 from cad_mllm.cad.metrics import weld
 from cad_mllm.cad.normalise import normalise
@@ -44,8 +45,14 @@ class Shape:
     """Canonical command text; None for what is no program, or too fine for the grid of that text."""
 
 
-def read_shape(path: Path) -> Shape:
-    """Read one file by its suffix. Raises CadError, without the file's name, for whatever is no shape."""
+def read_shape(given: Path | bytes) -> Shape:
+    """Read one file by its suffix, or Omni-CAD JSON.
+
+    Raises CadError, without the file's name, for whatever is no shape.
+    """
+    if isinstance(given, bytes):
+        return _shape_of(normalise(omnicad.parse(loads(given))).program)
+    path = given
     try:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
@@ -60,6 +67,10 @@ def read_shape(path: Path) -> Shape:
         program = _read_program(path, suffix)
     except OSError as error:
         raise CadError(f"cannot be read: {error.strerror or error}") from error
+    return _shape_of(program)
+
+
+def _shape_of(program: CadProgram) -> Shape:
     mesh = surface_of(program, installed_kernel(), POLYGON_SEGMENTS).mesh()
     return Shape(mesh=weld(mesh), text=_canonical_or_none(program))
 

@@ -497,6 +497,12 @@ class ShardedSplit:
         return self._opened[shard]
 
 
+def held_out(root: str | Path) -> ShardedSplit:
+    """The val split of a data set, or its train split if it has no other."""
+    manifest = read_manifest(root)
+    return ShardedSplit(root, "val" if manifest.num_rows("val") else "train", manifest)
+
+
 @dataclass(frozen=True, eq=False)
 class _Part:
     """A record batch of R rows in a mapped file: addresses, not data.

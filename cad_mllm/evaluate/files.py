@@ -1,8 +1,9 @@
 """Which files belong together: predictions and truth by id, what the model was given, what it was trained on.
 
 An id is the path of a file below its folder, without suffix. Of a folder in the Omni-CAD layout, `json/` is
-read. `generated.jsonl`, the list that generation leaves, may say beside its own keys what each prediction was
-made from, one object a line:
+read; a sharded data set stands for the models of its val split, or of its train split if it has no other.
+`generated.jsonl`, the list that generation leaves, may say beside its own keys what each prediction was made
+from, one object a line:
 
     {"id": "0000/00000071_00005", "modalities": "text+points", "caption": "A plate", "points": "in/1.npz"}
 
@@ -17,9 +18,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
+
 from cad_mllm.cad.shapefile import SUFFIXES
+from cad_mllm.data.files import FloatArray
 from cad_mllm.data.layout import CAPTION_KEY, JSON_FOLDER, TEXT_FOLDER, Source, id_fault
 from cad_mllm.data.sequence import MODALITIES
+from cad_mllm.data.shards import ShardedSplit, held_out, is_sharded
+from cad_mllm.data.stores import Shards
 from cad_mllm.errors import DataError
 
 GENERATED_FILE = "generated.jsonl"
@@ -41,14 +47,39 @@ class Shapes:
     """Folders and names that cannot be used, with the reason."""
 
 
+@dataclass(frozen=True)
+class Truths:
+    """The true models."""
+
+    files: Mapping[str, Path | bytes]
+    """Id -> the file that says most, or Omni-CAD JSON."""
+    unreadable: list[str]
+
+
+@dataclass(frozen=True)
+class InShard:
+    """What a model in a sharded data set is made from."""
+
+    split: ShardedSplit
+    row: int
+
+    def points(self) -> FloatArray:
+        """The cloud (N, 6). UnusableFileError: it cannot be read."""
+        return Shards(self.split).points("", self.row)
+
+    def image(self) -> Image.Image:
+        """The first view. UnusableFileError: there is none, or it cannot be read."""
+        return Shards(self.split).image("", self.row, 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Given:
     """What a prediction was made from, as far as that is known."""
 
     modalities: str = UNKNOWN_MODALITIES
     caption: str = ""
-    points: Path | None = None
-    image: Path | None = None
+    points: Path | InShard | None = None
+    image: Path | InShard | None = None
     noise: float = 0.0
     """Standard deviation of what was added to the points, in half longest sides of their box."""
     dropped: float = 0.0
@@ -93,6 +124,17 @@ def find_shapes(root: Path, flag: str) -> Shapes:
     return Shapes(folder, files, unreadable)
 
 
+def find_truths(root: Path) -> Truths:
+    """All true models below `root`. Raises DataError if it cannot be read."""
+    if not is_sharded(root):
+        shapes = find_shapes(root, "--true")
+        return Truths(shapes.files, shapes.unreadable)
+    files: dict[str, Path | bytes] = {}
+    for batch in held_out(root).batches(["id", "json"]):
+        files |= {key: text.encode() for key, text in zip(batch["id"], batch["json"], strict=True)}
+    return Truths(files, [])
+
+
 def _walk(folder: Path, unreadable: list[str]) -> Iterator[Path]:
     """Every plain file, in the order of the names; hidden ones are none. What cannot be listed is noted."""
 
@@ -116,7 +158,8 @@ def _walk(folder: Path, unreadable: list[str]) -> Iterator[Path]:
 def read_inputs(predicted: Path, true: Path) -> Inputs:
     """What the predictions below `predicted` were made from; files and lines that are wrong are noted."""
     inputs = Inputs()
-    captions = _captions(true / TEXT_FOLDER, inputs.unreadable)
+    data = _Sharded(held_out(true)) if is_sharded(true) else _Loose(true)
+    captions = data.captions(inputs.unreadable)
     inputs.given = {key: Given(caption=caption) for key, caption in captions.items()}
     path = predicted / GENERATED_FILE
     if not path.is_file():
@@ -125,13 +168,49 @@ def read_inputs(predicted: Path, true: Path) -> Inputs:
         with path.open(encoding="utf-8", errors="replace") as lines:
             while line := lines.readline(_MAX_LINE):
                 if line.strip():
-                    _add_given(inputs, line, predicted, true)
+                    _add_given(inputs, line, predicted, data)
     except OSError as error:
         inputs.unreadable.append(f"{GENERATED_FILE}: {error.strerror or error}")
     return inputs
 
 
-def _add_given(inputs: Inputs, line: str, predicted: Path, true: Path) -> None:
+class _Loose:
+    """What a folder in the Omni-CAD layout says beside its models."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._source = Source.from_folder(root)
+
+    def captions(self, unreadable: list[str]) -> dict[str, str]:
+        return _captions(self._root / TEXT_FOLDER, unreadable)
+
+    def points(self, sample_id: str) -> Path | None:
+        return self._source.points_file(sample_id)
+
+    def image(self, sample_id: str) -> Path | None:
+        return next(iter(self._source.image_files(sample_id)), None)
+
+
+class _Sharded:
+    """The same of a sharded data set."""
+
+    def __init__(self, split: ShardedSplit) -> None:
+        self._split = split
+        self._rows = {sample_id: row for row, sample_id in enumerate(split.ids)}
+
+    def captions(self, unreadable: list[str]) -> dict[str, str]:
+        texts = dict(zip(self._rows, self._split.column("caption"), strict=True))
+        return {key: text[:_MAX_CAPTION] for key, text in texts.items() if text}
+
+    def points(self, sample_id: str) -> InShard | None:
+        return InShard(self._split, self._rows[sample_id]) if sample_id in self._rows else None
+
+    def image(self, sample_id: str) -> InShard | None:
+        there = sample_id in self._rows and self._split.num_views(self._rows[sample_id]) > 0
+        return InShard(self._split, self._rows[sample_id]) if there else None
+
+
+def _add_given(inputs: Inputs, line: str, predicted: Path, data: _Loose | _Sharded) -> None:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
@@ -143,14 +222,14 @@ def _add_given(inputs: Inputs, line: str, predicted: Path, true: Path) -> None:
     assert isinstance(entry, dict)
     modalities = _modalities(inputs, entry)
     caption = _text(entry, "caption") or inputs.of(sample_id).caption
-    source = Source.from_folder(true)
-    views = source.image_files(sample_id) if "image" in modalities.split("+") else []
+    named = modalities.split("+")
     inputs.given[sample_id] = Given(
         modalities=modalities,
         caption=caption,
         points=_file(inputs, entry, "points", predicted)
-        or (source.points_file(sample_id) if "points" in modalities.split("+") else None),
-        image=_file(inputs, entry, "image", predicted) or next(iter(views), None),
+        or (data.points(sample_id) if "points" in named else None),
+        image=_file(inputs, entry, "image", predicted)
+        or (data.image(sample_id) if "image" in named else None),
         noise=_level(entry, "noise"),
         dropped=_level(entry, "dropped"),
     )

@@ -14,11 +14,11 @@ from cad_mllm.cad.metrics import unit_box
 from cad_mllm.cad.render import render_views
 from cad_mllm.cad.shapefile import read_shape
 from cad_mllm.cad.worker import run_limited
-from cad_mllm.data.files import UnusableFileError, load_image, load_points
+from cad_mllm.data.files import FloatArray, UnusableFileError, load_image, load_points
 from cad_mllm.data.preview import draw_input
 from cad_mllm.data.progress import SlowProgress
 from cad_mllm.errors import CadError
-from cad_mllm.evaluate.files import Given
+from cad_mllm.evaluate.files import Given, InShard
 from cad_mllm.evaluate.score import COUNTED, Outcome, Pair, Sample
 
 MAX_SHOWN = 60
@@ -106,9 +106,9 @@ def _draw(job: _Job) -> Pictures:
     )
 
 
-def _views(path: Path) -> bytes | None:
+def _views(shape: Path | bytes) -> bytes | None:
     try:
-        centred = unit_box(read_shape(path).mesh)
+        centred = unit_box(read_shape(shape).mesh)
     except CadError:
         return None
     views = render_views(Mesh(centred.vertices * 2, centred.faces), size=VIEW_SIZE, views=VIEWS)
@@ -120,12 +120,19 @@ def _views(path: Path) -> bytes | None:
 
 def _given(given: Given) -> bytes | None:
     try:
-        image = None if given.image is None else load_image(given.image)
-        points_NC = None if given.points is None else load_points(given.points)
+        image, points_NC = _image(given.image), _points(given.points)
     except UnusableFileError:
         return None
     picture = draw_input(image, points_NC, VIEW_SIZE)
     return None if picture is None else _png(picture)
+
+
+def _image(where: Path | InShard | None) -> Image.Image | None:
+    return load_image(where) if isinstance(where, Path) else None if where is None else where.image()
+
+
+def _points(where: Path | InShard | None) -> FloatArray | None:
+    return load_points(where) if isinstance(where, Path) else None if where is None else where.points()
 
 
 def _png(picture: Image.Image) -> bytes:

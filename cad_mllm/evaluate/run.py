@@ -21,8 +21,9 @@ from cad_mllm.cad.surface import Kernel, installed_kernel
 from cad_mllm.cad.worker import run_limited
 from cad_mllm.data.atomic import atomic_path, make_writable, write_json
 from cad_mllm.data.progress import SlowProgress
+from cad_mllm.data.shards import ShardedSplit, is_sharded
 from cad_mllm.errors import CadError, DataError
-from cad_mllm.evaluate.files import Inputs, find_shapes, read_inputs
+from cad_mllm.evaluate.files import Inputs, find_shapes, find_truths, read_inputs
 from cad_mllm.evaluate.score import Outcome, Pair, Sample, score
 from cad_mllm.evaluate.summary import METRICS, Estimate, Summary, Training, summarise
 
@@ -60,7 +61,7 @@ def evaluate(
 
     Raises DataError if a folder cannot be read, holds no shape, or no prediction has the name of a truth.
     """
-    predictions, truths = find_shapes(predicted, "--pred"), find_shapes(true, "--true")
+    predictions, truths = find_shapes(predicted, "--pred"), find_truths(true)
     if not truths.files:
         raise DataError(f"--true {true}: no shape files (.json .txt .step .stl .ply .obj) below it")
     if not predictions.files.keys() & truths.files.keys():
@@ -126,7 +127,8 @@ def score_all(pairs: Sequence[Pair], *, workers: int, seconds: float) -> list[Sa
 
 
 def training_set(path: Path, *, workers: int, seconds: float) -> tuple[frozenset[str], Training]:
-    """Fingerprints of a training set: a folder of programs, or a text file with one command text a line.
+    """Fingerprints of a training set: a folder of programs, the train split of a sharded data set, or a text
+    file with one command text a line.
 
     Raises DataError if it cannot be read or holds no program.
     """
@@ -135,6 +137,8 @@ def training_set(path: Path, *, workers: int, seconds: float) -> tuple[frozenset
             items: Sequence[Path | str] = path.read_text(encoding="utf-8", errors="replace").split()
         except OSError as error:
             raise DataError(f"--train {path}: cannot be read ({error.strerror or error})") from error
+    elif is_sharded(path):
+        items = [text for text in ShardedSplit(path, "train").column("command_8") if text]
     else:
         items = sorted(find_shapes(path, "--train").files.values())
     known: set[str] = set()

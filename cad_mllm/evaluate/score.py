@@ -42,7 +42,8 @@ class Pair:
     """One id, and its files."""
 
     id: str
-    true: Path
+    true: Path | bytes
+    """A file, or the Omni-CAD JSON of a sharded data set."""
     predicted: Path | None
 
 

@@ -12,10 +12,14 @@ import trimesh
 from cad_mllm.cad import codec
 from cad_mllm.cad.normalise import normalise
 from cad_mllm.cli import main
+from cad_mllm.data.dummy import write_dummy_data
 from cad_mllm.errors import DataError
 from cad_mllm.evaluate import run
+from cad_mllm.evaluate.files import InShard
+from cad_mllm.evaluate.report import write_report
 from cad_mllm.evaluate.score import Outcome, Pair, Sample, score
 from tests.cad.shapes import CUBE, DRILLED
+from tests.data.sharding import shard_folder
 from tests.kernel import CAD_MLLM, without_opencascade
 
 PLATE = "NZ0,0,127,254,254E60P0,0H254V254H0"
@@ -214,6 +218,32 @@ def test_a_mistake_ends_in_one_line_and_the_documented_code(
     assert words in error
     assert len(error.strip().splitlines()) == 1
     assert "Traceback" not in error
+
+
+def test_a_sharded_data_set_is_a_truth_and_a_training_set(tmp_path: Path) -> None:
+    loose, root = tmp_path / "loose", tmp_path / "shards"
+    write_dummy_data(loose, num_samples=8, seed=1, workers=1, points=64, views=1, size=32)
+    shard_folder(loose, root, rows=2, num_val=3)
+    held = sorted(path.relative_to(loose / "json").as_posix()[:-5] for path in loose.glob("json/*/*.json"))[
+        5:
+    ]
+    lines = ""
+    for sample_id in held[:2]:
+        put(tmp_path / f"pred/{sample_id}.json", (loose / f"json/{sample_id}.json").read_bytes())
+        lines += json.dumps({"id": sample_id, "modalities": "text+points+image"}) + "\n"
+    put(tmp_path / "pred/generated.jsonl", lines)
+    found = run.evaluate(tmp_path / "pred", root, training=root, workers=1)
+    as_loose = run.evaluate(tmp_path / "pred", loose, training=None, workers=1)
+    assert found.summary.counts == {**as_loose.summary.counts, "missing": 1}
+    assert found.summary.training is not None and found.summary.training.models == 5
+    figures = {s.id: s.figures for s in as_loose.samples}
+    assert all(s.figures == figures[s.id] for s in found.samples)
+    assert all(found.inputs.of(key).caption == as_loose.inputs.of(key).caption != "" for key in held)
+    (tmp_path / "out").mkdir()
+    assert "could not be drawn" not in write_report(tmp_path / "out", found, workers=1).read_text()
+    first = found.inputs.of(held[0])
+    assert isinstance(first.points, InShard) and first.points.points().shape == (64, 6)
+    assert isinstance(first.image, InShard) and first.image.image().size == (32, 32)
 
 
 def test_text_of_ten_bits_is_compared_at_eight(tmp_path: Path) -> None:
