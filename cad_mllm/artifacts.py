@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cad_mllm.cad import render
+from cad_mllm.cad import omnicad, render
 from cad_mllm.cad.program import CadProgram
 from cad_mllm.cad.surface import Kernel, installed_kernel, surface_of
 from cad_mllm.cad.worker import run_limited
@@ -28,7 +28,16 @@ class Artifact:
 
 def sample_surface(program: CadProgram, num_points: int) -> FloatArray:
     """Points on the solid of a program, (P, 6), in its own unit. CadError: there is no solid."""
-    return surface_of(program, installed_kernel()).sample(num_points, seed=0)
+    return surface_of(_as_written(program), installed_kernel()).sample(num_points, seed=0)
+
+
+def _as_written(program: CadProgram) -> CadProgram:
+    """The program as its JSON says it, which is what others read. CadError: a reader would refuse it.
+
+    Loops that cross enclose something by command text. JSON does not say how loops are nested: there it is
+    not clear what they enclose.
+    """
+    return omnicad.parse(omnicad.to_json(program))
 
 
 def write_artifacts(artifacts: Sequence[Artifact], *, workers: int, seconds: float) -> list[str | None]:
@@ -49,7 +58,7 @@ def write_artifacts(artifacts: Sequence[Artifact], *, workers: int, seconds: flo
 def write_artifact(artifact: Artifact) -> None:
     """Build the solid, write `<stem>.png` and, with OpenCASCADE, `<stem>.step`. CadError: it is none."""
     kernel = installed_kernel()
-    built = surface_of(artifact.program, kernel)
+    built = surface_of(_as_written(artifact.program), kernel)
     picture = render.render_views(built.mesh(), size=_PICTURE_SIZE, views=1)[0]
     if kernel is Kernel.OPENCASCADE:
         from cad_mllm.cad.solid import Solid  # imports OpenCASCADE

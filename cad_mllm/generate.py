@@ -457,7 +457,13 @@ def generate_folder(
     An input that cannot be used costs itself alone. `<out>/generated.jsonl` lists all, in their order.
     """
     make_writable(out, "--out")
-    generator = Generator.from_checkpoint(checkpoint)
+    return generate_all(Generator.from_checkpoint(checkpoint), out, inputs, settings)
+
+
+def generate_all(
+    generator: Generator, out: Path, inputs: Mapping[str, Unread], settings: GenerateSettings
+) -> list[Generated]:
+    """`generate_folder` with a model that is loaded already, into a folder that can be written."""
     ids = list(inputs)
     results: dict[str, Generated] = {}
     for first in range(0, len(ids), _WRITTEN_AT_ONCE):

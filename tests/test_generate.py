@@ -36,6 +36,7 @@ from cad_mllm.model.export import export_weights
 from tests.kernel import CAD_MLLM, without_opencascade
 
 SEQUENCE = {"target_format": "command", "quantization_bits": 8, "max_seq_length": 512}
+CROSSING = "NZ10,127,0,0,199F180P0,190H254V232A24,14,24D0,120,127R0,190,127"
 PLATE = "NZ0,0,127,254,254E60P0,0H254V254H0"
 
 
@@ -202,8 +203,11 @@ def _said(texts: Sequence[str]) -> dict[str, Output]:
 
 def test_a_program_leaves_text_json_step_and_picture_and_a_failure_only_its_text(tmp_path: Path) -> None:
     (tmp_path / "s1.step").write_text("of an earlier run")
-    outputs = _said([PLATE, "NZ0,0,127,25"])
+    outputs = _said([PLATE, "NZ0,0,127,25", CROSSING])
     errors = write_outputs(tmp_path, outputs)
+    assert "loops of one profile cross" in (errors.pop("s2") or "")
+    for suffix in ("txt", "json"):
+        (tmp_path / f"s2.{suffix}").unlink()
     assert errors["s0"] is None and errors["s1"] == outputs["s1"].error is not None
     assert {path.name for path in tmp_path.iterdir()} == {"s0.txt", "s0.json", "s0.step", "s0.png", "s1.txt"}
     assert (tmp_path / "s0.txt").read_text() == PLATE + "\n"

@@ -15,7 +15,7 @@ from cad_mllm.data.clouds import normalise_points
 from cad_mllm.data.layout import JSON_FOLDER, Source, Split, walk_files
 from cad_mllm.data.order import draw_points
 from cad_mllm.data.progress import SlowProgress
-from cad_mllm.data.shards import ShardedSplit, is_sharded
+from cad_mllm.data.shards import ShardedSplit, held_out, is_sharded
 from cad_mllm.data.stores import LooseFiles, Shards, Store
 from cad_mllm.errors import CadError, DataError
 
@@ -33,12 +33,12 @@ class Models:
 
     @classmethod
     def find(cls, root: Path, split: Split) -> "Models":
-        """All models of a folder in the Omni-CAD layout, or of a split of a sharded data set.
+        """All models of a folder in the Omni-CAD layout, or of a split of a sharded one (see `held_out`).
 
         Raises DataError if there are none.
         """
         if is_sharded(root):
-            shards = ShardedSplit(root, split)
+            shards = held_out(root) if split == "val" else ShardedSplit(root, split)
             found = cls(Shards(shards), list(shards.ids))
         elif (root / JSON_FOLDER).is_dir():
             names = [name for name, _ in walk_files(root / JSON_FOLDER)]
