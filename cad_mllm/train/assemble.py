@@ -6,6 +6,7 @@ from cad_mllm.config import TrainConfig
 from cad_mllm.data.collate import SequenceSpec
 from cad_mllm.model.build import Built, build_model, lm_shape
 from cad_mllm.model.multimodal import parameter_groups
+from cad_mllm.model.sizes import layer_sizes
 from cad_mllm.train.demand import recomputed_layers
 from cad_mllm.train.distributed import World
 from cad_mllm.train.engine import Engine, PlainEngine, ZeroEngine
@@ -21,6 +22,7 @@ def resolve_zero(config: TrainConfig, world: World) -> ZeroConfig | None:
     shape = ModelShape(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
+        layer_parameters=layer_sizes(config.model).parameters,
         lora_r=config.model.lora_r if config.model.use_lora else None,
     )
     raw = read_deepspeed_json(config.run.deepspeed_config)

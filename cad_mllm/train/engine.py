@@ -160,6 +160,8 @@ class ZeroEngine:
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=zero.config
         )
+        if zero.stage == 3:
+            _gather_with_their_layer(self._zero)
         self.module: nn.Module = self._engine
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer
         self._stage = zero.stage
@@ -207,8 +209,6 @@ class ZeroEngine:
         zero._partition_all_parameters()
         for sub_group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(sub_group)
-        if zero.persistent_parameters:
-            zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
     def profile_communication(self, on: bool) -> None:
         """See `Engine.profile_communication`; does nothing if the JSON does not enable comms_logger."""
@@ -251,6 +251,19 @@ def _gather_layer_by_layer(module: nn.Module) -> None:
     layers = named & {type(part).__name__ for part in module.modules() if _is_layer(part)}
     if layers:
         set_z3_leaf_modules(module, sorted(layers), raise_if_not_found=False)
+
+
+def _gather_with_their_layer(zero: Any) -> None:
+    """Let the persistent parameters come with the next gather of their layer, and stay from then on.
+
+    DeepSpeed releases all of them before each update and gathers each by itself after it: on an 8B LM with
+    LoRA 649 of the 717 all-gathers of a step. Left released, adapters and norms are in the one all-gather
+    that their layer needs anyway; `ds_persist` still keeps them from there to the next update.
+    """
+    persistent = zero.persistent_parameters
+    assert persistent is zero.parameter_offload.persistent_parameters
+    assert all(p.ds_persist for p in persistent)
+    persistent.clear()
 
 
 def _is_layer(module: nn.Module) -> bool:

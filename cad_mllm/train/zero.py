@@ -21,9 +21,6 @@ JsonDict = dict[str, object]
 _SCHEDULES = {"WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 """DeepSpeed's schedulers, by the name of ours that has the same shape."""
 
-_PREFETCH_MLP_MATRICES = 2
-"""Prefetch two MLP matrices ahead: less, and the coordinator waits for each gather (measured, facts)."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
@@ -31,6 +28,8 @@ class ModelShape:
 
     hidden_size: int
     intermediate_size: int
+    layer_parameters: int
+    """Of one decoder layer, with its adapters."""
     lora_r: int | None
     """None: full fine-tuning."""
 
@@ -168,13 +167,15 @@ def _zero_autos(shape: ModelShape) -> dict[str, int]:
 
     Persistence: a LoRA matrix (r x intermediate) sits just above DeepSpeed's default threshold of 1e5,
     and gathering hundreds of them one by one dominates the step, so the threshold goes above it.
+    Prefetch: a whole decoder layer. With less, the layer that comes next lacks a part when its turn comes,
+    which is gathered by itself while the device waits.
     """
-    hidden, mlp = shape.hidden_size, shape.hidden_size * shape.intermediate_size
+    hidden = shape.hidden_size
     largest_lora = (shape.lora_r or 0) * max(hidden, shape.intermediate_size)
     return {
         "reduce_bucket_size": hidden * hidden,
         "allgather_bucket_size": hidden * hidden,
-        "stage3_prefetch_bucket_size": max(hidden * hidden, _PREFETCH_MLP_MATRICES * mlp),
+        "stage3_prefetch_bucket_size": max(hidden * hidden, shape.layer_parameters),
         "stage3_param_persistence_threshold": max(10 * hidden, largest_lora),
     }
 

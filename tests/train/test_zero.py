@@ -12,7 +12,7 @@ from cad_mllm.errors import ConfigError
 from cad_mllm.train.zero import ModelShape, ZeroConfig, read_deepspeed_json, resolve
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "configs" / "deepspeed").glob("*.json"))
-QWEN3_8B = ModelShape(hidden_size=4096, intermediate_size=12288, lora_r=32)
+QWEN3_8B = ModelShape(hidden_size=4096, intermediate_size=12288, layer_parameters=195_371_008, lora_r=32)
 CONFIG = TrainConfig(optim=OptimConfig(batch_size=2, gradient_accumulation_steps=4, max_grad_norm=1.0))
 
 
@@ -49,6 +49,13 @@ def test_lora_matrices_stay_below_the_persistence_threshold() -> None:
     assert (
         32 * 12288 <= zero["stage3_param_persistence_threshold"] < 4096 * 1024
     )  # all of LoRA, no base matrix
+
+
+def test_a_whole_decoder_layer_is_prefetched() -> None:
+    raw = {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto"}}
+    zero = resolved(raw).config["zero_optimization"]
+    assert isinstance(zero, dict)
+    assert zero["stage3_prefetch_bucket_size"] >= QWEN3_8B.layer_parameters
 
 
 @pytest.mark.parametrize(
