@@ -91,7 +91,9 @@ def recomputed_layers(config: TrainConfig, zero: ZeroConfig | None, world: World
         gradients //= world.size
     gathered = 0
     if demand.zero_stage == 3:
-        gathered = (_GATHERED_LAYERS * layer.parameters + 2 * layer.head_parameters) * demand.weight_bytes
+        at_a_time = _GATHERED_LAYERS * layer.parameters + 2 * layer.head_parameters
+        keeps_all = zero is not None and zero.keeps_weights
+        gathered = (demand.parameters if keeps_all else at_a_time) * demand.weight_bytes
     loss = _LOSS_BYTES + (0 if config.model.use_lora else 4 * layer.head_parameters)
     least = (
         demand.gpu_bytes(world.size)

@@ -18,6 +18,9 @@ from cad_mllm.errors import ConfigError
 
 JsonDict = dict[str, object]
 
+_ABOVE_ALL = 10**9
+"""Elements that no single weight has."""
+
 _SCHEDULES = {"WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 """DeepSpeed's schedulers, by the name of ours that has the same shape."""
 
@@ -53,6 +56,14 @@ class ZeroConfig:
     offload_optimizer: bool
     offload_param: bool
     optimizer: OptimizerSettings
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether ZeRO-3 keeps whole what it gathers: the threshold of persistence is above every weight."""
+        zero = self.config["zero_optimization"]
+        assert isinstance(zero, dict)
+        threshold = zero.get("stage3_param_persistence_threshold", 0)
+        return self.stage == 3 and isinstance(threshold, int) and threshold >= _ABOVE_ALL
 
     @property
     def for_sharded_construction(self) -> JsonDict | None:

@@ -158,25 +158,26 @@ def report_examined(job: dict[str, Any]) -> int:
     return int(examine(parse_train_args(flags), Path(job["json"])))
 
 
-def all_gathers_of_steps(flags: list[str]) -> list[int]:
-    """`train_all` of one run under ZeRO-3; how many all-gathers each step had."""
+def all_gathers_of_steps(flags: list[str]) -> list[list[int]]:
+    """`train_all` of one run under ZeRO-3; for each step its all-gathers, and the elements that they gave."""
     from deepspeed.comm import comm
 
     torch.set_num_threads(1)
     config, step_of = parse_train_args(flags), trainer._train_step
-    counts: list[int] = []
+    counts: list[list[int]] = []
 
     def train_step(*given: Any) -> Any:
-        counts.append(0)
+        counts.append([0, 0])
         return step_of(*given)
 
     with world(config.run) as ranks:
         run = prepare_run(config, ranks)
         gather = comm.cdb.all_gather_into_tensor
 
-        def counted(*given: Any, **named: Any) -> Any:
-            counts[-1] += 1
-            return gather(*given, **named)
+        def counted(*, output_tensor: Any, **more: Any) -> Any:
+            counts[-1][0] += 1
+            counts[-1][1] += output_tensor.numel()
+            return gather(output_tensor=output_tensor, **more)
 
         comm.cdb.all_gather_into_tensor, trainer._train_step = counted, train_step
         with StopSignal() as stop, Watchdog(600, config.run.output_dir, ranks.rank) as watchdog:

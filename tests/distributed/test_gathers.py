@@ -1,24 +1,38 @@
-"""ZeRO-3 gathers a decoder layer at once, with its adapters and norms: nothing of it comes by itself."""
+"""ZeRO-3 gathers a decoder layer at once, with its adapters and norms; what is kept is gathered once."""
 
 from pathlib import Path
 
+from cad_mllm.config import ModelConfig
 from cad_mllm.model import presets
+from cad_mllm.model.sizes import parameter_counts
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import flags
 
 JOBS = Path(__file__).with_name("jobs.py")
 RECORDED = 2
-"""DeepSpeed learns the order of the modules in the first steps, and prefetches from then on."""
+"""Steps in which DeepSpeed learns the order of the modules; it prefetches and keeps from then on."""
 OUTSIDE = 6
 """Embeddings, last norm, head, and the projectors: forward, and what of it the backward pass needs again."""
 
 
-def test_a_step_has_about_two_all_gathers_for_each_decoder_layer(data: Path, tmp_path: Path) -> None:
+def gathers(data: Path, output_dir: Path, zero: str) -> list[tuple[int, int]]:
+    """(all-gathers, elements that they gave) of each step, once DeepSpeed knows the order of the modules."""
     words = flags(
-        data, tmp_path / "run", ranks=2, zero="zero3_config", batch_size=2, gradient_accumulation_steps=1,
+        data, output_dir, ranks=2, zero=zero, batch_size=2, gradient_accumulation_steps=1,
         start_from_stage=3, stage3_epochs=3, use_gradient_checkpointing=True,
     )  # fmt: skip
     counts = run_ranks(JOBS, "all_gathers_of_steps", words, world_size=2, seconds=120)
-    layers = presets.lm_config("tiny").num_hidden_layers
     assert counts[0] == counts[1]
-    assert max(counts[0][RECORDED:]) <= 2 * layers + OUTSIDE
+    return [(number, elements) for number, elements in counts[0][RECORDED:]]
+
+
+def test_a_step_has_at_most_two_all_gathers_for_each_decoder_layer(data: Path, tmp_path: Path) -> None:
+    layers = presets.lm_config("tiny").num_hidden_layers
+    counts = gathers(data, tmp_path / "run", "zero3_config")
+    assert max(number for number, _ in counts) <= 2 * layers + OUTSIDE
+
+
+def test_a_resident_run_gathers_after_an_update_only_what_it_changed(data: Path, tmp_path: Path) -> None:
+    counts = gathers(data, tmp_path / "run", "zero3_resident")
+    trained = parameter_counts(ModelConfig(llm_model_name="tiny", point_encoder="tiny")).trainable
+    assert all(elements <= 1.01 * trained for _, elements in counts)

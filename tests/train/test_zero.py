@@ -51,6 +51,12 @@ def test_lora_matrices_stay_below_the_persistence_threshold() -> None:
     )  # all of LoRA, no base matrix
 
 
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_resident_file_keeps_what_it_gathers_and_no_other(path: Path) -> None:
+    zero = resolve(read_deepspeed_json(path), CONFIG, world_size=4, shape=QWEN3_8B)
+    assert zero.keeps_weights == (path.stem == "ds_zero3_resident")
+
+
 def test_a_whole_decoder_layer_is_prefetched() -> None:
     raw = {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": "auto"}}
     zero = resolved(raw).config["zero_optimization"]
