@@ -548,7 +548,16 @@ class BenchArguments:
     ranks: tuple[int, ...] = ()
     """Numbers of GPUs to time on, such as `1 2 4`. Unset: all GPUs, or two processes on a CPU."""
     peers: tuple[str, ...] = ()
-    """original-zero3 (the reference for the loss), original-zero2, zero3, zero2, fsdp2, plain. Unset: all."""
+    """original-zero3 (the reference for the loss), original-zero2, zero3, zero3-resident, zero3-offload,
+    zero2, fsdp2, plain. Unset: all, or the variants alone."""
+    transport: Literal["nvlink", "shm", "socket"] = "nvlink"
+    """What NCCL may use at most: shm as on a node without NVLink, socket as between one-GPU pods."""
+    gpu_memory_cap_gb: float | None = None
+    """GPU memory that a rank may allocate, as on a smaller card. Unset: all."""
+    micro_batch_tokens: int | None = None
+    """Tokens of a micro-batch in place of the workload's: a multiple of its longest sample."""
+    variants: Path | None = None
+    """JSON file with ZeRO settings to time: [{"name": "x", "peer": "zero3", "zero": {"KEY": VALUE}}]."""
     steps: int = 6
     """Timed steps of each peer."""
     minutes: float = 9.0
@@ -570,6 +579,8 @@ def bench(argv: Sequence[str]) -> ExitCode:
     _require("--minutes", arguments.minutes, 0.01)
     for count in arguments.ranks:
         _require("--ranks", count, 1)
+    if arguments.gpu_memory_cap_gb is not None:
+        _require("--gpu_memory_cap_gb", arguments.gpu_memory_cap_gb, 0.1)
     from cad_mllm.bench.run import bench as time_peers
 
     return time_peers(
@@ -580,6 +591,10 @@ def bench(argv: Sequence[str]) -> ExitCode:
         steps=arguments.steps,
         minutes=arguments.minutes,
         out=arguments.out,
+        transport=arguments.transport,
+        gpu_memory_cap_gb=arguments.gpu_memory_cap_gb,
+        micro_batch_tokens=arguments.micro_batch_tokens,
+        variants=arguments.variants,
     )
 
 

@@ -10,7 +10,7 @@ _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "L40S": 362e12, "L40": 181e12, "A
 """Dense bf16, from the data sheets; the longer names first."""
 
 PARITY = {"cuda": 2e-2, "cpu": 1e-4}
-"""Relative difference of the first losses from the padded reference's: bf16 on a GPU, fp32 on a CPU."""
+"""Relative difference of the losses from the padded reference's: bf16 on a GPU, fp32 on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +41,9 @@ class Figures:
     losses: tuple[float, ...]
     gradient_norms: tuple[float, ...]
     parity: float | None = None
-    """Relative difference of the first loss from the padded reference's; None: there was none."""
+    """Largest relative difference of a step's loss from the padded reference's; None: not checked."""
     gradient_parity: float | None = None
-    """The same of the norm of the first gradients; it says more than the loss, and in bf16 differs more."""
+    """The same of the norms of the gradients; they say more than the loss, and in bf16 differ more."""
 
 
 def figures_of(ranks: Sequence[RankFigures], *, use_lora: bool, recompute: bool, device_name: str) -> Figures:

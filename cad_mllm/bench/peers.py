@@ -1,8 +1,9 @@
 """The ways to compute a step that are compared: ours, the original design, and PyTorch's FSDP2."""
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +13,17 @@ from torch.distributed.fsdp import fully_shard
 
 from cad_mllm.bench.workloads import Workload
 from cad_mllm.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from cad_mllm.errors import ConfigError
 from cad_mllm.model.build import Built
 from cad_mllm.train.assemble import build_engine, build_networks, resolve_zero
 from cad_mllm.train.distributed import World
+from cad_mllm.train.zero import JsonDict, read_deepspeed_json
 
 EngineName = Literal["plain", "zero2", "zero3", "fsdp2"]
+
+
+_NAME = re.compile(r"[\w.-]+")
+_SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +34,72 @@ class Peer:
     engine: EngineName
     packed: bool
     """Packed rows, attention by sample, loss of supervised positions; else the original design."""
+    shipped: str | None = None
+    """The file of configs/deepspeed/ that a ZeRO peer is trained with; None: DeepSpeed's defaults."""
+    zero: Mapping[str, object] = field(default_factory=dict)
+    """Laid over the file's `zero_optimization`."""
+    compile: Mapping[str, object] = field(default_factory=dict)
+    """The file's `compile`, if any."""
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether DeepSpeed computes the step."""
+        return self.engine in ("zero2", "zero3")
 
 
 PEERS = {
     "original-zero3": Peer(title="original design, stock ZeRO-3", engine="zero3", packed=False),
     "original-zero2": Peer(title="original design, stock ZeRO-2", engine="zero2", packed=False),
-    "zero3": Peer(title="ours, ZeRO-3", engine="zero3", packed=True),
-    "zero2": Peer(title="ours, ZeRO-2", engine="zero2", packed=True),
+    "zero3": Peer(title="ours, ZeRO-3", engine="zero3", packed=True, shipped="ds_zero3_config.json"),
+    "zero3-resident": Peer(
+        title="ours, ZeRO-3, frozen weights kept", engine="zero3", packed=True,
+        shipped="ds_zero3_resident.json",
+    ),
+    "zero3-offload": Peer(
+        title="ours, ZeRO-3 with offload", engine="zero3", packed=True, shipped="ds_zero3_offload.json"
+    ),
+    "zero2": Peer(title="ours, ZeRO-2", engine="zero2", packed=True, shipped="ds_zero2_config.json"),
     "fsdp2": Peer(title="ours, FSDP2 in place of ZeRO", engine="fsdp2", packed=True),
     "plain": Peer(title="ours, one GPU without ZeRO", engine="plain", packed=True),
-}
+}  # fmt: skip
+
+
+def read_variants(path: Path) -> dict[str, Peer]:
+    """Variations of the ZeRO peers, by their names, from a file.
+
+    It holds a list of objects: `name` and `peer` (one of `PEERS` under ZeRO), and what is laid over the
+    peer's DeepSpeed JSON: `zero` (keys of its zero_optimization), `compile` (its section of that name).
+
+    Raises:
+        ConfigError: the file cannot be read or says something else.
+    """
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--variants {path}: not readable as JSON ({error})") from error
+    variants: dict[str, Peer] = {}
+    for entry in given if isinstance(given, list) else [given]:
+        name, base, more = _variant(entry, path)
+        if name in PEERS or name in variants:
+            raise ConfigError(f"--variants {path}: the name {name} is taken; choose another")
+        variants[name] = replace(PEERS[base], title=f"{PEERS[base].title} ({name})", **more)
+    return variants
+
+
+def _variant(entry: object, path: Path) -> tuple[str, str, dict[str, Any]]:
+    """(name, peer, what differs). ConfigError: it says something else."""
+    entry = dict(entry) if isinstance(entry, dict) else {}
+    name, base = entry.pop("name", None), entry.pop("peer", None)
+    sections = all(key in ("zero", "compile") and isinstance(entry[key], dict) for key in entry)
+    if not (isinstance(name, str) and _NAME.fullmatch(name) and sections):
+        raise ConfigError(
+            f"--variants {path}: a list of objects is needed, with a name (letters, digits, . _ -), a peer, "
+            f"and objects zero and compile as wanted"
+        )
+    if not (isinstance(base, str) and base in PEERS and PEERS[base].is_zero):
+        zero = ", ".join(peer for peer in PEERS if PEERS[peer].is_zero)
+        raise ConfigError(f"--variants {path}: the peer of {name} is {base!r}; one of {zero} is needed")
+    return name, base, entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +121,7 @@ def train_config(
     on_gpu = device == "cuda"
     flash = on_gpu and peer.packed and _has_flash_attention()
     deepspeed_json = None
-    if peer.engine in ("zero2", "zero3"):
+    if peer.is_zero:
         deepspeed_json = folder / f"{peer.engine}.json"
         deepspeed_json.write_text(json.dumps(_deepspeed_json(peer)))
     return TrainConfig(
@@ -115,29 +178,20 @@ def _has_flash_attention() -> bool:
     return bool(is_flash_attn_2_available())
 
 
-def _deepspeed_json(peer: Peer) -> dict[str, object]:
-    """DeepSpeed's defaults for the original design, `auto` (what the shipped files say) for ours."""
-    zero: dict[str, object] = {"stage": 2 if peer.engine == "zero2" else 3}
-    if peer.packed:
-        zero |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": "auto"}
-        if peer.engine == "zero2":
-            zero |= {"reduce_scatter": True, "allgather_partitions": True, "allgather_bucket_size": "auto"}
-        else:
-            zero |= {
-                "stage3_prefetch_bucket_size": "auto",
-                "stage3_param_persistence_threshold": "auto",
-                "stage3_max_live_parameters": 10**9,
-                "stage3_max_reuse_distance": 10**9,
-            }
-    return {
-        "bf16": {"enabled": "auto"},
-        "zero_optimization": zero,
-        "gradient_accumulation_steps": "auto",
-        "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_clipping": "auto",
-        "steps_per_print": 10**6,
-    }
+def _deepspeed_json(peer: Peer) -> JsonDict:
+    """What a training with the peer's shipped file reads, or DeepSpeed's defaults for the original design."""
+    if peer.shipped is not None:
+        content = read_deepspeed_json(_SHIPPED / peer.shipped)
+    else:
+        content = {
+            "bf16": {"enabled": "auto"},
+            "zero_optimization": {"stage": 2 if peer.engine == "zero2" else 3},
+            "steps_per_print": 10**6,
+        }
+    zero = content["zero_optimization"]
+    assert isinstance(zero, dict)
+    content["zero_optimization"] = {**zero, **peer.zero}
+    return content | ({"compile": dict(peer.compile)} if peer.compile else {})
 
 
 class _OriginalLM(nn.Module):

@@ -6,12 +6,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import DataLoader
 
-from cad_mllm.bench.peers import PEERS, build, train_config
+from cad_mllm.bench.peers import Peer, build, train_config
 from cad_mllm.bench.workloads import MicroBatches, StepSamples, TimedSample, Workload, supervised_tokens
 from cad_mllm.data.atomic import write_json
 from cad_mllm.data.sequence import SequenceSpec
@@ -24,12 +24,20 @@ _PLACEHOLDERS = {"tiny": (16, 17)}
 """Tokens of an image and of a cloud, for models whose encoders are not the full-size ones."""
 _FULL_SIZE = (256, 257)
 
+Transport = Literal["nvlink", "shm", "socket"]
+_TRANSPORTS: dict[Transport, dict[str, str]] = {
+    "nvlink": {},
+    "shm": {"NCCL_P2P_DISABLE": "1"},
+    "socket": {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"},
+}
+"""What NCCL may use between the GPUs of a machine: the environment that leaves it no more than that."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """What all ranks of a peer are told."""
 
-    peer: str
+    peer: Peer
     workload: Workload
     model: str
     device: str
@@ -42,6 +50,9 @@ class Job:
     folder: Path
     started: float
     """`time.time()` when the peer was started."""
+    transport: Transport
+    memory_cap_gb: float | None
+    """GPU memory that a rank may allocate; None: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +96,17 @@ def run(job: Job, rank: int, port: int) -> None:
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(job.ranks),
         LOCAL_WORLD_SIZE=str(job.ranks),
+        **_TRANSPORTS[job.transport],
     )
+    if job.memory_cap_gb is not None and job.device == "cuda":
+        of_all = torch.cuda.get_device_properties(rank).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, job.memory_cap_gb * 1e9 / of_all), rank)
     figures = _measure(job, rank)
     write_json(job.folder / f"rank{rank}.json", asdict(figures))
 
 
 def _measure(job: Job, rank: int) -> RankFigures:
-    peer, workload = PEERS[job.peer], job.workload
+    peer, workload = job.peer, job.workload
     # The accumulation is known only with the sizes of the networks, the engine wants it before.
     micro_batches = job.packs // job.ranks
     if not peer.packed:

@@ -1,9 +1,10 @@
 """`cad-mllm bench`: every peer in fresh processes on the same samples; JSON, a table and a plot."""
 
+import math
 import multiprocessing
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from cad_mllm.bench.figures import PARITY, Figures, figures_of
-from cad_mllm.bench.peers import PEERS
-from cad_mllm.bench.rank import Job, read, run
-from cad_mllm.bench.workloads import WORKLOADS, tiny
+from cad_mllm.bench.peers import PEERS, Peer, read_variants
+from cad_mllm.bench.rank import Job, Transport, read, run
+from cad_mllm.bench.workloads import WORKLOADS, tiny, with_micro_batch
 from cad_mllm.data.atomic import make_writable, write_json
 from cad_mllm.errors import ConfigError, ExitCode
 
@@ -33,18 +34,39 @@ def bench(
     steps: int,
     minutes: float,
     out: Path,
+    transport: Transport = "nvlink",
+    gpu_memory_cap_gb: float | None = None,
+    micro_batch_tokens: int | None = None,
+    variants: Path | None = None,
 ) -> ExitCode:
     """Time the peers one after the other on each number of ranks; partial results are written as they come.
 
+    Args:
+        workload: its letter.
+        model: which LM.
+        ranks: numbers of them to time on; none: all GPUs, or two processes on a CPU.
+        peers: names; none: all, or only the variants if there are some.
+        steps: timed ones of each peer.
+        minutes: limit of all peers together.
+        out: folder for figures, plot and logs.
+        transport: what NCCL may use at most.
+        gpu_memory_cap_gb: GPU memory that a rank may allocate.
+        micro_batch_tokens: in place of the workload's.
+        variants: a file of variations of ZeRO peers, see `read_variants`.
+
     Raises:
-        ConfigError: a peer or a number of ranks that there is not.
+        ConfigError: a peer, a number of ranks, a micro-batch or a variant that there cannot be.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     counts = list(ranks) or [torch.cuda.device_count() if device == "cuda" else 2]
-    chosen = _chosen(peers, counts, device)
+    varied = {} if variants is None else read_variants(variants)
+    known = PEERS | varied
+    chosen = _chosen([*peers, *varied], counts, device, known)
     make_writable(out, "--out")
     console = Console()
     timed = tiny(WORKLOADS[workload]) if model == "tiny" else WORKLOADS[workload]
+    if micro_batch_tokens is not None:
+        timed = with_micro_batch(timed, micro_batch_tokens)
     end = time.monotonic() + minutes * 60
     results: dict[str, Any] = {
         "workload": workload,
@@ -54,12 +76,15 @@ def bench(
         "torch": torch.__version__,
         "settings": asdict(timed),
         "steps": steps,
+        "transport": transport,
+        "gpu_memory_cap_gb": gpu_memory_cap_gb,
+        "variants": {name: {"zero": p.zero, "compile": p.compile} for name, p in varied.items()},
         "peers": {},
     }
     reference: Figures | None = None
     for name, count in chosen:
         job = Job(
-            peer=name,
+            peer=known[name],
             workload=timed,
             model=model,
             device=device,
@@ -69,14 +94,16 @@ def bench(
             warmup=2 if device == "cuda" else 1,
             folder=out / f"{name}-{count}",
             started=time.time(),
+            transport=transport,
+            memory_cap_gb=gpu_memory_cap_gb,
         )
-        console.print(f"{PEERS[name].title}, {count} ranks ...")
+        console.print(f"{known[name].title}, {count} ranks ...")
         outcome = _timed(job, end - time.monotonic(), results["device"])
         if isinstance(outcome, Figures):
             reference = outcome if reference is None and name == _REFERENCE else reference
             outcome = _compared(outcome, reference, PARITY[device])
         entry = asdict(outcome) if isinstance(outcome, Figures) else {"failed": outcome}
-        results["peers"][f"{name}-{count}"] = {"title": PEERS[name].title, "ranks": count, **entry}
+        results["peers"][f"{name}-{count}"] = {"title": known[name].title, "ranks": count, **entry}
         write_json(out / f"bench-{workload}.json", results)
     console.print(_table(results))
     _plot(results, out / f"bench-{workload}.png")
@@ -84,9 +111,11 @@ def bench(
     return ExitCode.DONE
 
 
-def _chosen(peers: Sequence[str], counts: Sequence[int], device: str) -> list[tuple[str, int]]:
+def _chosen(
+    peers: Sequence[str], counts: Sequence[int], device: str, known: Mapping[str, Peer] = PEERS
+) -> list[tuple[str, int]]:
     """(peer, ranks) in their order: the reference first."""
-    unknown = [name for name in peers if name not in PEERS]
+    unknown = [name for name in peers if name not in known]
     if unknown:
         raise ConfigError(f"--peers {unknown[0]}: there is no such peer; one of {', '.join(PEERS)}")
     if device == "cuda" and max(counts) > torch.cuda.device_count():
@@ -150,14 +179,28 @@ def _free_port() -> int:
 
 
 def _compared(figures: Figures, reference: Figures | None, tolerance: float) -> Figures | str:
-    """The figures with their parity; void if the peer does not compute the reference's loss."""
+    """The figures with their parity; void if the peer does not compute the reference's losses.
+
+    Compared are the losses and gradient norms of all steps, warm-up included: of each the largest difference.
+    """
     if reference is None:
         return figures
-    parity = abs(figures.losses[0] / reference.losses[0] - 1)
-    if not parity <= tolerance:
-        return f"void: its first loss is {figures.losses[0]:.5f}, the reference's {reference.losses[0]:.5f}"
-    gradient_parity = abs(figures.gradient_norms[0] / reference.gradient_norms[0] - 1)
+    parity, gradient_parity = (
+        max(
+            abs(ours / theirs - 1)
+            for ours, theirs in zip(getattr(figures, of), getattr(reference, of), strict=True)
+        )
+        for of in ("losses", "gradient_norms")
+    )
+    if not (parity <= tolerance and all(map(math.isfinite, figures.losses))):
+        return (
+            f"void: its losses are {_numbers(figures.losses)}, the reference's {_numbers(reference.losses)}"
+        )
     return replace(figures, parity=parity, gradient_parity=gradient_parity)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.5f}" for value in values)
 
 
 def _table(results: dict[str, Any]) -> Table:

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from cad_mllm.data.collate import Batch, Sample, collate, pack
 from cad_mllm.data.packing import plan_packs
 from cad_mllm.data.sequence import MODALITIES, Combo, SequenceSpec
+from cad_mllm.errors import ConfigError
 
 _SEED = 20_240_601
 _VOCABULARY = 256
@@ -85,6 +86,21 @@ def tiny(workload: Workload) -> Workload:
         max_seq_length=workload.max_seq_length // 16 if constant else 192,
         pack_tokens=workload.pack_tokens // 16 if constant else 768,
     )
+
+
+def with_micro_batch(workload: Workload, tokens: int) -> Workload:
+    """The same with so many tokens in a packed micro-batch, and in the rows of a padded one.
+
+    Raises:
+        ConfigError: the longest sample does not fit, or the rows would not be whole.
+    """
+    rows, rest = divmod(tokens, workload.max_seq_length)
+    if rows < 1 or rest:
+        raise ConfigError(
+            f"--micro_batch_tokens {tokens}: a multiple of {workload.max_seq_length} is needed, the longest "
+            f"sample of the workload"
+        )
+    return replace(workload, pack_tokens=tokens, padded_rows=rows)
 
 
 @dataclass(frozen=True)

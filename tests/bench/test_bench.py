@@ -10,10 +10,18 @@ import torch
 
 from cad_mllm.bench import run as bench_run
 from cad_mllm.bench.figures import Figures, figures_of
-from cad_mllm.bench.peers import PEERS
+from cad_mllm.bench.peers import PEERS, read_variants, train_config
 from cad_mllm.bench.rank import RankFigures
-from cad_mllm.bench.run import _chosen, _compared
-from cad_mllm.bench.workloads import WORKLOADS, MicroBatches, StepSamples, Workload, supervised_tokens, tiny
+from cad_mllm.bench.run import _chosen, _compared, _difference
+from cad_mllm.bench.workloads import (
+    WORKLOADS,
+    MicroBatches,
+    StepSamples,
+    Workload,
+    supervised_tokens,
+    tiny,
+    with_micro_batch,
+)
 from cad_mllm.data.collate import IGNORED
 from cad_mllm.data.sequence import SequenceSpec
 from cad_mllm.errors import ConfigError, ExitCode
@@ -130,13 +138,85 @@ def test_full_fine_tuning_counts_the_gradients_of_the_weights() -> None:
 
 def test_no_figure_of_a_peer_that_computes_another_loss_counts() -> None:
     reference = figures_of([measured()], use_lora=True, recompute=False, device_name="CPU")
-    near = replace(reference, losses=(2.00001,), gradient_norms=(4.004,))
+    near = replace(reference, losses=(2.0, 1.9, 1.80001), gradient_norms=(4.0, 3.003, 2.0))
     compared = _compared(near, reference, 1e-4)
-    assert isinstance(compared, Figures) and compared.parity == pytest.approx(5e-6)
+    assert isinstance(compared, Figures) and compared.parity == pytest.approx(1e-5 / 1.8)
     assert compared.gradient_parity == pytest.approx(1e-3)
-    for loss in (2.01, float("nan")):
-        void = _compared(replace(reference, losses=(loss,)), reference, 1e-4)
-        assert isinstance(void, str) and void.startswith("void")
+    for loss in (2.01, float("nan"), float("inf")):
+        for step in range(3):
+            losses = [*reference.losses]
+            losses[step] = loss
+            void = _compared(replace(reference, losses=tuple(losses)), reference, 1e-4)
+            assert isinstance(void, str) and void.startswith("void")
+
+
+def test_without_the_reference_the_parity_is_not_checked() -> None:
+    alone = _compared(figures_of([measured()], use_lora=True, recompute=False, device_name="CPU"), None, 1e-4)
+    assert isinstance(alone, Figures) and alone.parity is None
+    assert _difference(alone.parity) == "not checked"
+
+
+@pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peer.shipped])
+def test_our_zero_peers_read_the_shipped_files(name: str, tmp_path: Path) -> None:
+    config = train_config(
+        PEERS[name], tiny(WORKLOADS["C"]), "tiny", folder=tmp_path, micro_batches=1, device="cpu"
+    )
+    assert config.run.deepspeed_config is not None
+    shipped = Path(__file__).resolve().parents[2] / "configs" / "deepspeed" / str(PEERS[name].shipped)
+    assert json.loads(config.run.deepspeed_config.read_text()) == json.loads(shipped.read_text())
+
+
+def written(tmp_path: Path, content: object) -> Path:
+    path = tmp_path / "variants.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_variant_is_its_peer_with_other_settings(tmp_path: Path) -> None:
+    entry = {
+        "name": "deep",
+        "peer": "zero3",
+        "zero": {"overlap_comm": False},
+        "compile": {"deepcompile": True},
+    }
+    variant = read_variants(written(tmp_path, [entry]))["deep"]
+    config = train_config(
+        variant, tiny(WORKLOADS["C"]), "tiny", folder=tmp_path, micro_batches=1, device="cpu"
+    )
+    assert config.run.deepspeed_config is not None
+    content = json.loads(config.run.deepspeed_config.read_text())
+    assert content["compile"] == {"deepcompile": True}
+    assert content["zero_optimization"]["overlap_comm"] is False
+    assert content["zero_optimization"]["stage3_prefetch_bucket_size"] == "auto"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([{"name": "x", "peer": "fsdp2"}], "is 'fsdp2'; one of"),
+        ([{"name": "x", "peer": ["zero3"]}], "one of"),
+        ([{"name": "zero3", "peer": "zero3"}], "is taken"),
+        ([{"name": "x/y", "peer": "zero3"}], "a list of objects is needed"),
+        ([{"name": "x", "peer": "zero3", "optimizer": {}}], "a list of objects is needed"),
+        ("x", "a list of objects is needed"),
+    ],
+)
+def test_a_variant_that_cannot_be_is_refused(content: object, expected: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        read_variants(written(tmp_path, content))
+
+
+def test_a_file_of_variants_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not readable as JSON"):
+        read_variants(tmp_path / "none.json")
+
+
+def test_a_micro_batch_of_other_tokens_has_as_many_padded_rows() -> None:
+    small = with_micro_batch(WORKLOADS["C"], 4096)
+    assert (small.pack_tokens, small.padded_rows) == (4096, 2)
+    for tokens in (1024, 3000):
+        with pytest.raises(ConfigError, match="a multiple of 2048"):
+            with_micro_batch(WORKLOADS["C"], tokens)
 
 
 def test_the_reference_comes_first_and_one_process_alone() -> None:
