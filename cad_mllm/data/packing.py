@@ -4,7 +4,8 @@ The samples of a stage are one stream: the orders of its epochs, one after the o
 is packed at a time, into the packs of a few optimiser steps; what is left over comes first in the next
 window. Long samples are dealt to the pack with the least attention work (the sum of squared lengths) so far,
 short ones fill the rooms that are left. The packs of a window are then alike; those that are most alike form
-a step, and within it a micro-step, so that ranks wait for each other little.
+a step. Where its packs still differ, they exchange samples, so that ranks wait for each other little, however
+many of them share a step.
 
 Everything follows from the lengths, the budget and the packs of a step: the number of ranks is not known.
 """
@@ -26,6 +27,14 @@ _POOL = 1.02
 """Tokens that a window chooses from, relative to the room of its packs."""
 _FILLERS = 0.3
 """Share of the room that is kept for the shortest samples, which fill what the others leave."""
+_ALIKE = 0.025
+"""(most / least - 1) of the attention work of a step's packs at which they are left as they are."""
+_FULL = 0.99
+"""Share of its budget that an exchange leaves in a pack, if it was there."""
+_CHOICES = 200
+"""Pairs of samples that a pack offers for an exchange: the time of one grows with the square."""
+_EXCHANGES = 20
+"""Of a step, for each of its packs: most need none, and what is not alike by then has no means to be."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,7 +110,7 @@ def plan_packs(
                 lengths, budget, num_steps * packs_per_step, first=first, filler_tokens=kept
             )
             for step in _steps(placed, lengths, packs_per_step, stable_hash("packs", key, window)):
-                packs += [pool[pack] for pack in step]
+                packs += [pool[pack] for pack in _alike(step, lengths, budget)]
             waiting = pool[rest]
             waiting = waiting[waiting < required]
             at, window = end, window + 1
@@ -201,3 +210,75 @@ def _steps(
     by_work = np.argsort([int(squares[pack].sum()) for pack in packs], kind="stable")
     for step in permutation(len(packs) // packs_per_step, key):
         yield [packs[number] for number in by_work[step * packs_per_step : (step + 1) * packs_per_step]]
+
+
+def _alike(packs: list[list[int]], lengths: npt.NDArray[np.int32], budget: int) -> list[list[int]]:
+    """The packs of a step after exchanges of a few samples that even out their attention work.
+
+    One sample of a pack for two of another moves much work and few tokens: full packs stay full.
+    """
+    sizes = lengths.astype(np.int64)
+    packs = [list(pack) for pack in packs]
+    works = [int((sizes[pack] ** 2).sum()) for pack in packs]
+    for _ in range(_EXCHANGES * len(packs)):
+        if max(works) <= (1 + _ALIKE) * min(works):
+            break
+        order = sorted(range(len(packs)), key=works.__getitem__)
+        pairs = [(order[-1], light) for light in order[:-1]] + [(heavy, order[0]) for heavy in order[-2:0:-1]]
+        for heavy, light in pairs:
+            exchange = _exchange(packs[heavy], packs[light], sizes, budget)
+            if exchange is None:
+                continue
+            gives, takes, work = exchange
+            packs[heavy] = [sample for sample in packs[heavy] if sample not in gives] + takes
+            packs[light] = [sample for sample in packs[light] if sample not in takes] + gives
+            works[heavy], works[light] = works[heavy] - work, works[light] + work
+            break
+        else:
+            break
+    return packs
+
+
+def _exchange(
+    heavy: list[int], light: list[int], sizes: npt.NDArray[np.int64], budget: int
+) -> tuple[list[int], list[int], int] | None:
+    """What the first pack gives and takes, and the work that it is rid of; None: they cannot be more alike.
+
+    At most two samples each way, so that what is left of the difference is least. Both fit the budget, and
+    none is less than `_FULL` that was not before.
+    """
+    sets_h, sets_l = _offers(sizes[heavy]), _offers(sizes[light])
+    (tokens_h, work_h), (tokens_l, work_l) = (
+        (padded[sets].sum(axis=1), (padded[sets] ** 2).sum(axis=1))
+        for padded, sets in ((np.append(sizes[heavy], 0), sets_h), (np.append(sizes[light], 0), sets_l))
+    )
+    moved, rid = tokens_h[:, None] - tokens_l, work_h[:, None] - work_l
+    gap = int((sizes[heavy] ** 2).sum() - (sizes[light] ** 2).sum())
+    left = np.abs(gap - 2 * rid)
+    held_h, held_l, full = int(sizes[heavy].sum()), int(sizes[light].sum()), int(_FULL * budget)
+    low, high = max(held_h - budget, min(held_l, full) - held_l), budget - held_l
+    high = min(high, held_h - min(held_h, full))
+    left[(moved < low) | (moved > high)] = gap
+    gives, takes = np.unravel_index(int(left.argmin()), left.shape)
+    if left[gives, takes] >= gap:
+        return None
+    return (
+        [heavy[at] for at in sets_h[gives] if at < len(heavy)],
+        [light[at] for at in sets_l[takes] if at < len(light)],
+        int(rid[gives, takes]),
+    )
+
+
+def _offers(sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """(sets, 2): places of the samples of sets of at most two; `len(sizes)` stands for no sample.
+
+    Of the many pairs of a pack of short samples, some of each sum.
+    """
+    none = len(sizes)
+    first, second = np.triu_indices(none, k=1)
+    by_sum = np.argsort(sizes[first] + sizes[second], kind="stable")
+    some = by_sum[:: max(1, -(-len(by_sum) // _CHOICES))]
+    alone = np.arange(none + 1)
+    return np.concatenate(
+        [np.stack([alone, np.full(none + 1, none)], axis=1), np.stack([first, second], axis=1)[some]]
+    )
