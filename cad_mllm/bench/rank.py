@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from cad_mllm.bench.peers import Peer, build, train_config
 from cad_mllm.bench.workloads import MicroBatches, StepSamples, TimedSample, Workload, supervised_tokens
 from cad_mllm.data.atomic import write_json
 from cad_mllm.data.sequence import SequenceSpec
+from cad_mllm.train.ahead import CopiedAhead
 from cad_mllm.train.assemble import sequence_spec
 from cad_mllm.train.distributed import world
 from cad_mllm.train.rehearsal import PROJECTORS, micro_batch_loss
@@ -137,9 +139,10 @@ def _measure(job: Job, rank: int) -> RankFigures:
                 torch.cuda.synchronize()
             began, wait = time.perf_counter(), 0.0
             total = torch.zeros((), device=ranks.device)
+            ahead = iter(CopiedAhead(islice(batches, data.per_step), ranks.device))
             for _ in range(data.per_step):
                 asked = time.perf_counter()
-                batch = next(batches)
+                batch = next(ahead)
                 wait += time.perf_counter() - asked
                 loss = micro_batch_loss(
                     setup.forward,  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from cad_mllm.data.order import stable_hash
 from cad_mllm.data.sequence import MODALITIES
 from cad_mllm.errors import CadMllmError, ConfigError, ExitCode
 from cad_mllm.train import checkpoint, restarts
+from cad_mllm.train.ahead import CopiedAhead
 from cad_mllm.train.checkpoint import Position
 from cad_mllm.train.distributed import world
 from cad_mllm.train.engine import reset_groups
@@ -197,8 +198,8 @@ def _train_step(
     profiled = global_step - started_at == _PROFILED_STEP
     supervised_tokens = step.supervised_tokens - run.lost_samples.note(step.lost, "train")
     loss = torch.zeros((), device=run.world.device)
-    for batch in step.micro_batches:
-        if profiled and batch is step.micro_batches[-1]:  # measuring is slow: one micro-batch is enough
+    for number, batch in enumerate(CopiedAhead(step.micro_batches, run.world.device), 1):
+        if profiled and number == len(step.micro_batches):  # measuring is slow: one micro-batch is enough
             run.engine.profile_communication(True)
         part = _forward(run, batch, stage.trains & PROJECTORS) / max(1, supervised_tokens)
         # A loss that is not finite can have gradients that are: made NaN, they tell all ranks to skip.
