@@ -60,7 +60,7 @@ class ZeroConfig:
     @property
     def keeps_weights(self) -> bool:
         """Whether ZeRO-3 keeps whole what it gathers: the threshold of persistence is above every weight."""
-        zero = self.config["zero_optimization"]
+        zero = self.config.get("zero_optimization", {})
         assert isinstance(zero, dict)
         threshold = zero.get("stage3_param_persistence_threshold", 0)
         return self.stage == 3 and isinstance(threshold, int) and threshold >= _ABOVE_ALL
