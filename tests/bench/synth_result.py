@@ -251,20 +251,26 @@ class Measurement:
         """The folder of a row's predictions: none lies in another's, whose ids they would become."""
         return self.out / "generated" / name.replace("/", "-")
 
-    def evaluate(self, name: str, candidates: int, generating: float, report: bool = False) -> None:
-        """Score the predictions of a row; those from worse points must be there before a page is written."""
-        from cad_mllm.evaluate.report import write_report
-
+    def evaluate(self, name: str, candidates: int, generating: float) -> run.Evaluation:
+        """Score the predictions of a row."""
         started, workers = time.monotonic(), self.arguments.workers
         folder = self.out / "evaluation" / name
         evaluation = run.evaluate(
             self.predictions(name), self.out / "held-out", training=None, workers=workers
         )
         run.write_tables(folder, evaluation)
-        if report:
-            write_report(folder, evaluation, workers=workers)
         evaluating = time.monotonic() - started
         self.rows[name] = Row.of(name, candidates, evaluation.summary, generating, evaluating)
+        return evaluation
+
+    def write_page(self) -> None:
+        """The page of the greedy row, with the curves of those from worse points, if there is time."""
+        from cad_mllm.evaluate.report import write_report
+
+        name = "text+points"
+        if name in self.rows and self.elapsed < self.arguments.seconds:
+            evaluation = self.evaluate(name, 1, self.rows[name].generate_seconds)
+            write_report(self.out / "evaluation" / name, evaluation, workers=self.arguments.workers)
 
     def generate(self, generator: "Generator", setting: Setting) -> float:
         """Make the predictions of a row; how many seconds that took."""
@@ -304,7 +310,7 @@ class Measurement:
         generator = Generator.from_checkpoint(arguments.checkpoint)
         # The next row is generated while the last one is scored: one wants the GPU, the other the cores.
         with ThreadPoolExecutor(1) as scorer:
-            scored: list[Future[None]] = [scorer.submit(self.evaluate, RETRIEVAL, 1, retrieved)]
+            scored: list[Future[run.Evaluation]] = [scorer.submit(self.evaluate, RETRIEVAL, 1, retrieved)]
             slowest = 0.0
             for setting in settings(candidates):
                 waiting = sum(not job.done() for job in scored) + 1
@@ -318,9 +324,6 @@ class Measurement:
                 scored.append(job)
             for job in scored:
                 job.result()
-        if "text+points" in self.rows and self.elapsed < arguments.seconds:
-            seconds = self.rows["text+points"].generate_seconds
-            self.evaluate("text+points", 1, seconds, report=True)  # again, with the curves of the others
         return {
             "checkpoint": str(arguments.checkpoint),
             "train": str(arguments.train),
@@ -405,6 +408,7 @@ def main() -> None:
     with (arguments.out / "result.txt").open("w") as file:
         for console in (Console(width=200), Console(width=200, file=file)):
             show(result, measurement.rows, arguments.best_of, console)
+    measurement.write_page()
 
 
 if __name__ == "__main__":
