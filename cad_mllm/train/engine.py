@@ -9,6 +9,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -196,9 +197,10 @@ class ZeroEngine:
         assert self._engine.micro_steps % self._accumulation == 0, "rehearse() in the middle of a step"
         # These stand for all micro-batches of the step: the others count as done.
         self._engine.micro_steps += self._accumulation - micro_batches
-        for _ in range(micro_batches):
-            self.backward(compute_loss() * math.nan)
-        self._engine.step()
+        with _unsaid("OVERFLOW"):  # meant, here: nobody should take it for a step of the training
+            for _ in range(micro_batches):
+                self.backward(compute_loss() * math.nan)
+            self._engine.step()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -298,6 +300,20 @@ def _is_layer(module: nn.Module) -> bool:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return isinstance(module, GradientCheckpointingLayer)
+
+
+@contextmanager
+def _unsaid(word: str) -> Iterator[None]:
+    """Keep what DeepSpeed logs with `word` in it from log and console."""
+
+    def others(record: logging.LogRecord) -> bool:
+        return word not in record.getMessage()
+
+    _LOG.addFilter(others)
+    try:
+        yield
+    finally:
+        _LOG.removeFilter(others)
 
 
 def _log_to_file(path: Path) -> None:

@@ -151,7 +151,11 @@ def train_with_and_without_rehearsal(pairs: list[list[list[str]]]) -> list[int]:
 
 
 def report_examined(job: dict[str, Any]) -> int:
-    """`cad-mllm doctor` on every rank; the last one has another seed if `job` says so."""
+    """`cad-mllm doctor` on every rank; the last one has another seed if `job` says so.
+
+    The ranks' parent was started by an earlier test: a test's own environment reaches them through `job`.
+    """
+    os.environ.update(job.get("environment", {}))
     flags = list(job["flags"])
     if job["other_seed"] and os.environ["RANK"] != "0":
         flags += ["--seed", "43"]

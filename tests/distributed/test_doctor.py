@@ -43,14 +43,18 @@ def test_two_ranks_come_to_one_verdict(other_seed: bool, data: Path, tmp_path: P
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("over_sockets", [False, True], ids=["as it is", "over sockets"])
 def test_on_two_gpus_the_transport_is_measured_and_the_largest_batch_computed(
-    over_sockets: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    over_sockets: bool, data: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    environment = {"DS_ACCELERATOR": "cuda"}
     if over_sockets:
-        monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
-        monkeypatch.setenv("NCCL_SHM_DISABLE", "1")
+        environment |= dict.fromkeys(("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_IB_DISABLE"), "1")
     words = flags(data, tmp_path / "out", ranks=2, zero="zero3_config", device="cuda", dtype="bfloat16")
-    job = {"flags": words, "other_seed": False, "json": str(tmp_path / "doctor.json")}
+    job = {
+        "flags": words,
+        "other_seed": False,
+        "json": str(tmp_path / "doctor.json"),
+        "environment": environment,
+    }
     assert run_ranks(JOBS, "report_examined", job, world_size=2) == [0, 0]
     told = json.loads((tmp_path / "doctor.json").read_text())
     findings = {finding["check"]: finding for finding in told["findings"]}

@@ -49,6 +49,7 @@ def test_a_run_after_a_rehearsal_is_the_same_bit_for_bit(
     for straight, rehearsed in folders:
         assert len(losses(straight)) == STEPS
         assert losses(rehearsed) == losses(straight)
+        assert not any("OVERFLOW" in log.read_text() for log in rehearsed.glob("deepspeed_rank*.log"))
         ours, theirs = weights(rehearsed, STEPS), weights(straight, STEPS)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
