@@ -263,6 +263,7 @@ def make_dummy(argv: Sequence[str]) -> ExitCode:
     arguments = parse_flags(MakeDummyArguments, argv, prog="cad-mllm make-dummy", examples=example)
     _require("--num_samples", arguments.num_samples, 1)
     _require("--views", arguments.views, 0, _MAX_VIEWS)
+    _require("--size", arguments.size, 1)
     _require("--seed", arguments.seed, 0)
     _require("--workers", arguments.workers, 0)
     from cad_mllm.cad.synth import Complexity

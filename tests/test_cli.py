@@ -370,6 +370,7 @@ def test_a_stop_after_a_checkpoint_is_143() -> None:
         (["prepare", "--archive", "a", "--out", "b", "--part", "2/2"], "parts count from 0 to 1"),
         (["make-dummy", "--out", "x", "--num_samples", "0"], "--num_samples must be at least 1, got 0"),
         (["make-dummy", "--out", "x", "--views", "9"], "--views must be from 0 to 8, got 9"),
+        (["make-dummy", "--out", "x", "--size", "0"], "--size must be at least 1, got 0"),
         (["generate", "--checkpoint", "c", "--out", "o"], "give --text, --points or --image"),
         (["generate", "--checkpoint", "c", "--out", "o", "--txt", "x"], "did you mean --text?"),
         (["generate", "--checkpoint", "c", "--out", "o", "--text", "x", "--folder", "f"], "one or the other"),
