@@ -120,6 +120,8 @@ def train_config(
     """The flags of the run that the peer stands for."""
     on_gpu = device == "cuda"
     flash = on_gpu and peer.packed and _has_flash_attention()
+    # Of texts alone no encoder sees anything: those that are there at once will do.
+    encoders = "tiny" if model == "tiny" or workload.constant_length else "random"
     deepspeed_json = None
     if peer.is_zero:
         deepspeed_json = folder / f"{peer.engine}.json"
@@ -131,8 +133,8 @@ def train_config(
             attn_implementation="flash_attention_2" if flash else "sdpa",
             use_gradient_checkpointing=workload.recompute,
             dtype="bfloat16" if on_gpu else "float32",
-            vision_model_name="tiny" if model == "tiny" else "random",
-            point_encoder="tiny" if model == "tiny" else "random",
+            vision_model_name=encoders,
+            point_encoder=encoders,
         ),
         data=DataConfig(max_seq_length=workload.max_seq_length),
         optim=OptimConfig(
@@ -149,10 +151,11 @@ def train_config(
     )
 
 
-def build(peer: Peer, config: TrainConfig, world: World) -> Setup:
-    """Networks and engine of a peer."""
+def build(peer: Peer, config: TrainConfig, world: World, reached: Callable[[str], None]) -> Setup:
+    """Networks and engine of a peer; `reached` is told what there is as it comes."""
     zero = resolve_zero(config, world)
-    built = build_networks(config, zero, world)
+    built = build_networks(config, zero, world, fused=peer.packed)
+    reached("networks")
     if not peer.packed:
         built = _original(built)
     if peer.engine == "fsdp2":

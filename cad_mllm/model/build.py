@@ -37,6 +37,7 @@ from cad_mllm.model.encoders import (
     resolve_names,
 )
 from cad_mllm.model.image_encoder import IMAGE_MEAN, IMAGE_STD, unfreeze
+from cad_mllm.model.kernels import FusedLoraLinear, has_liger, settle_attention, use_liger
 from cad_mllm.model.multimodal import MultimodalLM
 from cad_mllm.model.projectors import EncodedProjector, build_projector
 from cad_mllm.model.seeding import digest, private_rng
@@ -113,6 +114,7 @@ def build_model(
     source: LmSource | None = None,
     packed: bool = False,
     recomputed_layers: int | None = None,
+    fused: bool = True,
 ) -> Built:
     """Build everything that the whole curriculum will use, in `config.dtype`, on `device`.
 
@@ -127,6 +129,7 @@ def build_model(
         source: folders to use in place of `config.llm_model_name`.
         packed: all batches will be packed, none padded.
         recomputed_layers: of gradient checkpointing, evenly spread; None: all decoder layers.
+        fused: compute with fewer kernels where that can be; False: as transformers and peft do, to compare.
 
     The global random state is left as it was. ConfigError: something cannot be had, with its remedy.
     """
@@ -134,7 +137,7 @@ def build_model(
     names = resolve_names(config, allow_random_encoders=allow_random_encoders)
     shard = zero3_config if config.llm_model_name not in presets.ON_THE_SPOT else None
     with private_rng(seed, device):
-        return _build(config, names, seed, device, shard, source, packed, recomputed_layers)
+        return _build(config, names, seed, device, shard, source, packed, recomputed_layers, fused)
 
 
 def _build(
@@ -146,8 +149,10 @@ def _build(
     source: LmSource | None,
     packed: bool,
     recomputed_layers: int | None,
+    fused: bool,
 ) -> Built:
     dtype = torch_dtype(config)
+    settle_attention()
     # Before ZeRO-3 is switched on: transformers would shard the image encoder too.
     encoders = build_encoders(names, dtype)
     tokenizer = load_tokenizer(config.llm_model_name if source is None else str(source.tokenizer))
@@ -155,8 +160,10 @@ def _build(
         lm = _load_lm(config, dtype, device, source, packed)
         _check_lm(config, lm, tokenizer, packed)
         random_digests = _random_digests(config, names, encoders, lm)
-        trained_lm: nn.Module = _add_lora(lm, config, seed=seed) if config.use_lora else lm
+        trained_lm: nn.Module = _add_lora(lm, config, seed=seed, fused=fused) if config.use_lora else lm
     notes = [_describe_lm(config)]
+    if fused and device.type == "cuda" and has_liger() and use_liger(lm):
+        notes.append("norms, gates and rotary embeddings: Liger's kernels")
     if config.use_gradient_checkpointing:
         recomputed, layers = _checkpoint_activations(lm, recomputed_layers)
         notes.append(f"gradient checkpointing: {recomputed} of {layers} layers are recomputed")
@@ -326,7 +333,7 @@ def _random_digests(
     return digests
 
 
-def _add_lora(lm: PreTrainedModel, config: ModelConfig, *, seed: int) -> nn.Module:
+def _add_lora(lm: PreTrainedModel, config: ModelConfig, *, seed: int, fused: bool) -> nn.Module:
     """Wrap the LM with adapters on every linear layer but the head, drawn from `seed` in fp32 on the CPU."""
     lora = LoraConfig(
         r=config.lora_r,
@@ -336,6 +343,8 @@ def _add_lora(lm: PreTrainedModel, config: ModelConfig, *, seed: int) -> nn.Modu
         bias="none",
         task_type="CAUSAL_LM",
     )
+    if fused:
+        lora._register_custom_module({nn.Linear: FusedLoraLinear})
     # ZeRO-3 needs one dtype over all trainable weights: no fp32 adapters beside a bf16 base.
     with warnings.catch_warnings():
         # peft asks transformers by a name that is being replaced.

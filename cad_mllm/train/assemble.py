@@ -29,8 +29,10 @@ def resolve_zero(config: TrainConfig, world: World) -> ZeroConfig | None:
     return resolve(raw, config, world_size=world.size, shape=shape)
 
 
-def build_networks(config: TrainConfig, zero: ZeroConfig | None, world: World) -> Built:
-    """LM, encoders and projectors; sharded while they are built under ZeRO-3."""
+def build_networks(
+    config: TrainConfig, zero: ZeroConfig | None, world: World, *, fused: bool = True
+) -> Built:
+    """LM, encoders and projectors; sharded while they are built under ZeRO-3. `fused` as in `build_model`."""
     return build_model(
         config.model,
         seed=config.run.seed,
@@ -39,6 +41,7 @@ def build_networks(config: TrainConfig, zero: ZeroConfig | None, world: World) -
         allow_random_encoders=config.data.create_dummy_data,
         packed=config.optim.pack_tokens > 0,
         recomputed_layers=recomputed_layers(config, zero, world),
+        fused=fused,
     )
 
 

@@ -50,7 +50,7 @@ def test_a_layer_keeps_what_is_estimated(lora: bool, monkeypatch: pytest.MonkeyP
         shape.layer_types = ["full_attention"] * layers
         lm = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16, attn_implementation=BY_SAMPLE)
         if lora:
-            _add_lora(lm, config, seed=1)
+            _add_lora(lm, config, seed=1, fused=True)
         measured.append(kept_bytes(lm.model.train(), SHAPE["hidden_size"], torch.bfloat16))
         monkeypatch.setattr(sizes, "read_lm_config", lambda _, shape=shape: shape)
     per_token = (measured[1] - measured[0]) / 2 / TOKENS

@@ -1,0 +1,100 @@
+"""Fewer kernels compute the same: adapters as peft has them, layers as transformers has them."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers.models.qwen3 import modeling_qwen3
+
+from cad_mllm.model import presets
+from cad_mllm.model.kernels import FusedLoraLinear, has_liger, use_liger
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 20, bias=bias), nn.Linear(20, 6, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.tanh(self.first(x)))
+        return out
+
+
+def adapted(model: nn.Module, *, fused: bool) -> nn.Module:
+    """With adapters whose B is not zero, or their A would have no gradient."""
+    lora = LoraConfig(r=3, lora_alpha=5, target_modules=["first", "second"], bias="none")
+    if fused:
+        lora._register_custom_module({nn.Linear: FusedLoraLinear})
+    wrapped: nn.Module = get_peft_model(copy.deepcopy(model), lora)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    return wrapped.double()
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Of all that trains and of the input, by name; and the output."""
+    x = x.clone().requires_grad_()
+    out = model(x)
+    out.square().sum().backward()
+    named = {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    assert x.grad is not None
+    return {**named, "x": x.grad, "out": out.detach()}
+
+
+@pytest.fixture(params=[True, False], ids=["bias", "no bias"])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    return TwoLayers(request.param).double()
+
+
+def test_an_adapter_gives_what_pefts_gives_forward_and_backward(model: nn.Module) -> None:
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    ours, peft = (gradients(adapted(model, fused=fused), x) for fused in (True, False))
+    assert ours.keys() == peft.keys() and sum("lora" in name for name in ours) == 4
+    for name in ours:
+        torch.testing.assert_close(ours[name], peft[name], msg=name)
+
+
+def test_an_adapter_that_is_switched_off_gives_what_the_layer_gives(model: nn.Module) -> None:
+    wrapped, x = adapted(model, fused=True), torch.randn(4, 12, dtype=torch.float64)
+    with wrapped.disable_adapter():  # type: ignore[operator]
+        torch.testing.assert_close(wrapped(x), model(x))
+
+
+def test_a_merged_adapter_gives_the_same(model: nn.Module) -> None:
+    wrapped, x = adapted(model, fused=True), torch.randn(4, 12, dtype=torch.float64)
+    before = wrapped(x)
+    wrapped.merge_adapter()  # type: ignore[operator]
+    torch.testing.assert_close(wrapped(x), before)
+
+
+@pytest.fixture
+def rotary_restored() -> Iterator[None]:
+    before = modeling_qwen3.apply_rotary_pos_emb
+    yield
+    modeling_qwen3.apply_rotary_pos_emb = before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not has_liger(), reason="needs Liger's kernels")
+@pytest.mark.usefixtures("rotary_restored")
+def test_ligers_kernels_give_what_transformers_gives() -> None:
+    tokens = torch.randint(0, 256, (2, 50), device="cuda")
+
+    def losses_and_gradients(lm: nn.Module) -> list[Tensor]:
+        loss = lm(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in lm.parameters())]
+
+    eager = presets.on_the_spot("tiny", torch.float32, "sdpa").cuda()
+    fused = copy.deepcopy(eager)
+    expected = losses_and_gradients(eager)
+    assert use_liger(fused)
+    for ours, theirs in zip(losses_and_gradients(fused), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
