@@ -80,22 +80,23 @@ def _chunk(
     chunk: slice,
 ) -> Tensor:
     """Loss of a chunk; adds to the gradients that are wanted. d loss / d logits = softmax - one-hot."""
-    logits_CV = nn.functional.linear(hidden_CD, weight_VD, bias_V).float()
+    logits_CV = nn.functional.linear(hidden_CD, weight_VD, bias_V)
     supervised_C1 = (targets_C != IGNORED_LABEL)[:, None]
     targets_C1 = targets_C.clamp(min=0)[:, None]
-    log_sum_C1 = logits_CV.logsumexp(dim=1, keepdim=True)
-    loss = ((log_sum_C1 - logits_CV.gather(1, targets_C1)) * supervised_C1).sum()
+    # One kernel reads the logits in their dtype and writes fp32; of passes over (C, V) there are few.
+    log_probabilities_CV = logits_CV.log_softmax(dim=1, dtype=torch.float32)
+    own_C1 = log_probabilities_CV.gather(1, targets_C1)
+    loss = -(own_C1 * supervised_C1).sum()
     grad_hidden, grad_weight, grad_bias = grads
     if grad_hidden is None and grad_weight is None and grad_bias is None:
         return loss
-    probabilities_CV = logits_CV.sub_(log_sum_C1).exp_()
-    probabilities_CV.scatter_add_(1, targets_C1, probabilities_CV.new_full(targets_C1.shape, -1.0))
-    fp32_CV = probabilities_CV.mul_(supervised_C1)
-    grad_CV = fp32_CV.to(weight_VD.dtype)
+    grad_CV = torch.exp(log_probabilities_CV, out=logits_CV)
+    # From fp32: a probability near 1 that was rounded first would leave nothing of the difference.
+    grad_CV.scatter_(1, targets_C1, (own_C1.exp() - 1).to(grad_CV.dtype))
     if grad_hidden is not None:
-        grad_hidden[chunk] = grad_CV @ weight_VD
+        grad_hidden[chunk] = (grad_CV @ weight_VD).mul_(supervised_C1)
     if grad_weight is not None:
-        grad_weight += grad_CV.T @ hidden_CD
+        grad_weight += grad_CV.T @ (hidden_CD * supervised_C1)
     if grad_bias is not None:
-        grad_bias += fp32_CV.sum(dim=0)
+        grad_bias += (grad_CV * supervised_C1).sum(dim=0, dtype=torch.float32)
     return loss
