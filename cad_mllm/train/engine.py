@@ -10,7 +10,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from cad_mllm.train.distributed import World
+from cad_mllm.train.gathering import (
+    KeptWhole,
+    gather_layer_by_layer,
+    measure_gradients_at_once,
+    without_profiler_ranges,
+)
 from cad_mllm.train.optim import Flat, Fragment, NamedGroups, zero_moments
 from cad_mllm.train.zero import OptimizerSettings, ZeroConfig
 
@@ -155,15 +160,16 @@ class ZeroEngine:
         optimizer = _build_optimizer(
             groups, zero.optimizer, offload=zero.offload_optimizer, device=world.device
         )
+        without_profiler_ranges()
         if zero.stage == 3:
-            _gather_layer_by_layer(module)
+            gather_layer_by_layer(module)
         # DeepSpeed moves parameters into groups of its own: the names are ours to keep.
         names = {id(p): n for params in groups.values() for n, p in params}
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=zero.config
         )
-        if zero.stage == 3:
-            _gather_with_their_layer(self._zero)
+        self._kept = KeptWhole(self._zero) if zero.stage == 3 else None
+        measure_gradients_at_once(self._zero)
         self.module: nn.Module = self._engine
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer
         self._stage = zero.stage
@@ -190,6 +196,8 @@ class ZeroEngine:
         assert self._engine.is_gradient_accumulation_boundary(), "step() before the last micro-batch"
         _set_learning_rates(self.optimizer, learning_rates)
         self._engine.step()
+        if self._kept is not None:
+            self._kept.refresh()
         return float(self._engine.get_global_grad_norm())
 
     def rehearse(self, compute_loss: Callable[[], Tensor], *, micro_batches: int) -> None:
@@ -212,6 +220,8 @@ class ZeroEngine:
         zero._partition_all_parameters()
         for sub_group in range(len(zero.fp16_groups)):
             zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+        assert self._kept is not None
+        self._kept.refresh()
 
     def profile_communication(self, on: bool) -> None:
         """See `Engine.profile_communication`; does nothing if the JSON does not enable comms_logger."""
@@ -238,68 +248,6 @@ def _communication_table(summary: Mapping[str, Mapping[int, Mapping[str, Any]]])
                 f"{row['total_latency_ms']:>12.2f}{row['busbw_avg_gbps']:>12.2f}"
             )
     return "\n".join(lines)
-
-
-def _gather_layer_by_layer(module: nn.Module) -> None:
-    """Let ZeRO-3 gather a whole decoder layer at once instead of each weight by itself.
-
-    Measured on an 8B LM with LoRA: 2.7 times the tokens per second; the time went into hundreds of small
-    all-gathers and the Python hooks around them.
-    """
-    from deepspeed.utils import set_z3_leaf_modules
-
-    named = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
-    # Without the embeddings among them: pictures need no gradient, and DeepSpeed then takes a leaf module for
-    # finished before its weights have theirs.
-    layers = named & {type(part).__name__ for part in module.modules() if _is_layer(part)}
-    if layers:
-        set_z3_leaf_modules(module, sorted(layers), raise_if_not_found=False)
-
-
-def _gather_with_their_layer(zero: Any) -> None:
-    """Let the persistent parameters come with the next gather of their layer, and the frozen ones stay.
-
-    DeepSpeed releases all of them before each update and gathers each by itself after it: on an 8B LM with
-    LoRA 649 of the 717 all-gathers of a step. Left released, adapters and norms are in the one all-gather
-    that their layer needs anyway, and `ds_persist` keeps them from there to the next update. No update
-    changes the frozen ones: with a threshold above the largest matrix they are gathered once in a run.
-    """
-    offload, persistent = zero.parameter_offload, zero.persistent_parameters
-    assert persistent is offload.persistent_parameters and all(p.ds_persist for p in persistent)
-    kept = [p for p in persistent if not p.requires_grad]
-    persistent.clear()
-    released = _AllBut(offload.module, frozenset(id(p) for p in kept))
-
-    def release() -> None:
-        for p in kept:
-            p.ds_active_sub_modules.clear()
-        offload.get_param_coordinator().release_and_reset_all(released)
-
-    assert callable(offload.partition_all_parameters)
-    offload.partition_all_parameters = release
-
-
-@dataclass(frozen=True)
-class _AllBut:
-    """Stands for a module where DeepSpeed goes through its parameters: those that it is to see."""
-
-    module: Any
-    hidden: frozenset[int]
-    """By id."""
-
-    def named_parameters(self, *, recurse: bool) -> Iterator[tuple[str, nn.Parameter]]:
-        named = self.module.named_parameters(recurse=recurse)
-        return ((name, p) for name, p in named if id(p) not in self.hidden)
-
-    def ds_external_parameters(self) -> Iterable[tuple[Any, nn.Parameter]]:
-        external: Iterable[tuple[Any, nn.Parameter]] = self.module.ds_external_parameters()
-        return external
-
-
-def _is_layer(module: nn.Module) -> bool:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return isinstance(module, GradientCheckpointingLayer)
 
 
 @contextmanager

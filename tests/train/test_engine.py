@@ -5,13 +5,13 @@ from deepspeed.utils import z3_leaf_module
 
 from cad_mllm.config import ModelConfig
 from cad_mllm.model.build import build_model
-from cad_mllm.train.engine import _gather_layer_by_layer
+from cad_mllm.train.gathering import gather_layer_by_layer
 
 
 def test_zero3_gathers_a_decoder_layer_at_once_and_nothing_larger() -> None:
     config = ModelConfig(llm_model_name="tiny", dtype="bfloat16", lora_r=4)
     built = build_model(config, seed=3, device=torch.device("cpu"), packed=True)
-    _gather_layer_by_layer(built.model)
+    gather_layer_by_layer(built.model)
     leaves = {name for name, module in built.model.named_modules() if z3_leaf_module(module)}
     assert leaves == {f"lm.base_model.model.model.layers.{number}" for number in range(4)}
     # One dtype over all weights that train, or every product of an adapter runs in fp32.
