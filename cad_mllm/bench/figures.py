@@ -36,8 +36,8 @@ class Figures:
     """The same of the sum of squared lengths."""
     loader_wait: float
     """Share of the step's time, of the rank that waits longest."""
-    start_to_first_step: float
-    """Seconds from the start of the processes to the end of the first step."""
+    start: dict[str, float]
+    """Seconds until each part of the start was done, on the slowest rank: see `RankFigures.start`."""
     losses: tuple[float, ...]
     gradient_norms: tuple[float, ...]
     parity: float | None = None
@@ -71,7 +71,7 @@ def figures_of(ranks: Sequence[RankFigures], *, use_lora: bool, recompute: bool,
         token_imbalance=_imbalance([rank.micro_tokens for rank in ranks]),
         square_imbalance=_imbalance([rank.micro_squares for rank in ranks]),
         loader_wait=max(sum(rank.waited) / sum(rank.seconds) for rank in ranks),
-        start_to_first_step=max(rank.first_step_seconds for rank in ranks),
+        start={part: round(max(rank.start[part] for rank in ranks), 1) for part in ranks[0].start},
         losses=tuple(ranks[0].losses),
         gradient_norms=tuple(ranks[0].gradient_norms),
     )

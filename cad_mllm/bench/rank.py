@@ -80,8 +80,9 @@ class RankFigures:
     """Tokens of each micro-batch of each step."""
     micro_squares: list[list[int]]
     peak_bytes: int
-    first_step_seconds: float
-    """From the start of the process to the end of the first step."""
+    start: dict[str, float]
+    """Seconds from the start of the processes until there was: the `process`, with all that it imports; the
+    `networks`; the `engine`; the `first step`, done."""
     sizes: dict[str, int]
     """Matmul parameters of the decoder layers and of the head, number of layers, attention width."""
 
@@ -103,12 +104,16 @@ def run(job: Job, rank: int, port: int) -> None:
     if job.memory_cap_gb is not None and job.device == "cuda":
         of_all = torch.cuda.get_device_properties(rank).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, job.memory_cap_gb * 1e9 / of_all), rank)
-    figures = _measure(job, rank)
+    figures = _measure(job, rank, {"process": time.time() - job.started})
     write_json(job.folder / f"rank{rank}.json", asdict(figures))
 
 
-def _measure(job: Job, rank: int) -> RankFigures:
+def _measure(job: Job, rank: int, start: dict[str, float]) -> RankFigures:
     peer, workload = job.peer, job.workload
+
+    def reached(what: str) -> None:
+        start[what] = time.time() - job.started
+
     # The accumulation is known only with the sizes of the networks, the engine wants it before.
     micro_batches = job.packs // job.ranks
     if not peer.packed:
@@ -118,7 +123,8 @@ def _measure(job: Job, rank: int) -> RankFigures:
     )
     # The process group is DeepSpeed's in a training; FSDP2 needs one too.
     with world(replace(config.run, deepspeed=peer.engine != "plain")) as ranks:
-        setup = build(peer, config, ranks)
+        setup = build(peer, config, ranks, reached)
+        reached("engine")
         spec = sequence_spec(config, setup.built)
         samples = _samples(job, spec)
         data = MicroBatches(samples, workload, spec, packed=peer.packed, rank=rank, ranks=job.ranks)
@@ -131,7 +137,6 @@ def _measure(job: Job, rank: int) -> RankFigures:
         )  # fmt: skip
         on_gpu = ranks.device.type == "cuda"
         losses, norms, seconds, waited = [], [], [], []
-        first_step = 0.0
         for step in range(job.warmup + job.steps):
             supervised = supervised_tokens(samples.packs[step])
             ranks.barrier()
@@ -159,7 +164,7 @@ def _measure(job: Job, rank: int) -> RankFigures:
             took = time.perf_counter() - began
             losses.append(ranks.sum(float(total))[0] / supervised)
             if step == 0:
-                first_step = time.time() - job.started
+                reached("first step")
                 if on_gpu:
                     torch.cuda.reset_peak_memory_stats()
             if step >= job.warmup:
@@ -180,7 +185,7 @@ def _measure(job: Job, rank: int) -> RankFigures:
             micro_tokens=[[sum(s.length for s in batch) for batch in step] for step in timed],
             micro_squares=[[sum(s.length**2 for s in batch) for batch in step] for step in timed],
             peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
-            first_step_seconds=first_step,
+            start=start,
             sizes=_sizes(setup.built.model),
         )
 

@@ -237,7 +237,7 @@ _ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "imbalance, tokens": lambda peer: _share(peer["token_imbalance"]),
     "imbalance, squares": lambda peer: _share(peer["square_imbalance"]),
     "loader wait": lambda peer: _share(peer["loader_wait"]),
-    "first step after s": lambda peer: f"{peer['start_to_first_step']:.0f}",
+    "first step after s": lambda peer: f"{peer['start']['first step']:.0f}",
     "loss differs by": lambda peer: _difference(peer["parity"]),
     "gradient differs by": lambda peer: _difference(peer["gradient_parity"]),
 }

@@ -104,7 +104,7 @@ def measured(**changes: object) -> RankFigures:
         "micro_tokens": [[400, 400], [400, 400]],
         "micro_squares": [[250_000, 250_000], [250_000, 250_000]],
         "peak_bytes": 3 * 10**9,
-        "first_step_seconds": 12.0,
+        "start": {"process": 4.0, "first step": 12.0},
         "sizes": {"layers": 10**9, "head": 10**8, "num_layers": 10, "attention_width": 64},
     }
     return RankFigures(**(values | changes))  # type: ignore[arg-type]
