@@ -37,9 +37,10 @@ def reduce_for_ever(met: Path) -> None:
 
     def body() -> ExitCode:
         distributed.init_process_group("gloo")
+        distributed.all_reduce(torch.ones(1))
+        met.write_text("1")
         while True:
             distributed.all_reduce(torch.ones(1))
-            met.write_text("1")
 
     run_and_exit(body)
 
