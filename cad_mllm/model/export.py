@@ -27,6 +27,8 @@ from cad_mllm.config import ModelConfig
 from cad_mllm.errors import CheckpointError
 from cad_mllm.model import presets
 from cad_mllm.model.build import ADAPTER_NAME, Built, LmSource, build_model, torch_dtype
+from cad_mllm.model.multimodal import MultimodalLM, parameter_groups
+from cad_mllm.model.names import stored_name
 
 MANIFEST = "cad_mllm.json"
 _VERSION = 1
@@ -62,12 +64,14 @@ def export_weights(
         built: used for its structure and tokenizer only; its live weights may be shards and are not read.
         config: of the run; names that the run resolved itself are written out.
         sequence: JSON-able settings that generation needs to make the sequences of the training.
-        tensors: every trainable parameter of `built.model`, by name, whole, on the CPU.
+        tensors: every trainable parameter of `built.model`, by its name in `parameter_groups`, whole, on the
+            CPU.
 
     An OSError (a full disk) is left to the caller.
     """
-    trainable = {name for name, parameter in built.model.named_parameters() if parameter.requires_grad}
-    assert set(tensors) == trainable, "every trainable parameter, and nothing else, is exported"
+    assert tensors.keys() == _trainable(built.model).keys(), (
+        "every trainable parameter, and nothing else, is exported"
+    )
     cast = {name: value.to(torch_dtype(config)).contiguous() for name, value in tensors.items()}
     lm_tensors = {
         name.removeprefix(_LM_PREFIX): value for name, value in cast.items() if name.startswith(_LM_PREFIX)
@@ -125,6 +129,10 @@ def load_exported(folder: Path, device: torch.device) -> Exported:
     return Exported(built=built, config=config, sequence=sequence)
 
 
+def _trainable(model: MultimodalLM) -> dict[str, nn.Parameter]:
+    return {name: parameter for group in parameter_groups(model).values() for name, parameter in group}
+
+
 def _write_adapter(folder: Path, lm: nn.Module, base_name: str, tensors: Mapping[str, Tensor]) -> None:
     assert isinstance(lm, PeftModel)
     folder.mkdir()
@@ -176,20 +184,16 @@ def _read_manifest(path: Path) -> tuple[ModelConfig, dict[str, Any], dict[str, s
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        return {stored_name(name): value for name, value in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is missing or damaged ({error})") from error
 
 
 def _load_strictly(
-    model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, skip: tuple[str, ...]
+    model: MultimodalLM, tensors: Mapping[str, Tensor], folder: Path, skip: tuple[str, ...]
 ) -> None:
     """Copy `tensors` into the trainable parameters of the same names; nothing may be missing or left over."""
-    wanted = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not name.startswith(skip)
-    }
+    wanted = {name: parameter for name, parameter in _trainable(model).items() if not name.startswith(skip)}
     for name in sorted(wanted.keys() ^ tensors.keys()):
         what = "lacks" if name in wanted else "has an unknown"
         raise CheckpointError(f"{folder} {what} weight {name}: it belongs to another model or is damaged")

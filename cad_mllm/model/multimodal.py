@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cad_mllm.model.loss import LinearCrossEntropy
+from cad_mllm.model.names import stored_name
 
 ProjectorName = Literal["image_projector", "point_projector"]
 GroupName = Literal["lm", "point_projector", "image_projector"]
@@ -138,10 +139,15 @@ def _bare(lm: Any) -> Any:
 
 
 def parameter_groups(model: MultimodalLM) -> dict[GroupName, list[tuple[str, nn.Parameter]]]:
-    """Sort the trainable parameters by the module that owns them, with full names, in module order."""
+    """Sort the trainable parameters by the module that owns them, in module order.
+
+    Their names are the full ones that they have in files (`names.py`).
+    """
     groups: dict[GroupName, list[tuple[str, nn.Parameter]]] = {name: [] for name in GROUP_NAMES}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             owner = name.partition(".")[0]
-            groups[next(group for group in GROUP_NAMES if group == owner)].append((name, parameter))
+            groups[next(group for group in GROUP_NAMES if group == owner)].append(
+                (stored_name(name), parameter)
+            )
     return groups

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from cad_mllm.model.names import stored_name
+
 FROZEN_SEED = 20241107
 """Seed of every random weight that is never trained: a later process rebuilds the same bits from it."""
 _HALF_RANGE = 2**20
@@ -40,9 +42,9 @@ def redraw_(module: nn.Module, std: Callable[[str, Tensor], float]) -> None:
 
 
 def digest(module: nn.Module) -> str:
-    """Hash the parameters of a module on the CPU, names, types and bits: sha256."""
+    """Hash the parameters of a module on the CPU, names (those in files), types and bits: sha256."""
     sha = hashlib.sha256()
     for name, parameter in module.named_parameters():
-        sha.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        sha.update(f"{stored_name(name)} {parameter.dtype} {tuple(parameter.shape)}".encode())
         sha.update(parameter.detach().contiguous().flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cad_mllm.data.atomic import atomic_path
 from cad_mllm.errors import CheckpointError
+from cad_mllm.model.names import stored_name
 from cad_mllm.train.engine import Engine
 from cad_mllm.train.optim import MOMENTS, Flat, set_step
 
@@ -234,6 +235,17 @@ def _read_flat(reader: "ShardReader", flat: Flat, target: Tensor, kind: str) -> 
         target[f.offset : f.offset + f.length].copy_(reader.read(kind, f.name, f.start, f.length, f.numel))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """Elements [start, start + length) of a flattened parameter, in one shard file."""
+
+    start: int
+    length: int
+    path: Path
+    name: str
+    """In that file."""
+
+
 class ShardReader:
     """Parameters and moments of a checkpoint, from the pieces that its ranks wrote.
 
@@ -242,7 +254,7 @@ class ShardReader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._pieces: dict[str, list[tuple[int, int, Path]]] = {}
+        self._pieces: dict[str, list[_Piece]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._open: dict[Path, safe_open] = {}
         for path in sorted(folder.glob("rank-*.safetensors")):
@@ -254,8 +266,9 @@ class ShardReader:
                 raise CheckpointError(f"{path}: not a readable shard ({e}).") from e
             for name, piece in table.items():
                 length = handle.get_slice(f"{MASTER}/{name}").get_shape()[0]
-                self._pieces.setdefault(name, []).append((piece["start"], length, path))
-                self._shapes[name] = tuple(piece["shape"])
+                found = _Piece(start=piece["start"], length=length, path=path, name=name)
+                self._pieces.setdefault(stored_name(name), []).append(found)
+                self._shapes[stored_name(name)] = tuple(piece["shape"])
         if not self._pieces:
             raise CheckpointError(f"{folder}: no shards of a checkpoint in here.")
 
@@ -280,10 +293,11 @@ class ShardReader:
         if held != numel:
             raise CheckpointError(f"{name} has {held} elements in the checkpoint and {numel} in this model.")
         out, filled = torch.empty(length), 0
-        for piece_start, piece_length, path in self._pieces[name]:
-            low, high = max(start, piece_start), min(start + length, piece_start + piece_length)
+        for piece in self._pieces[name]:
+            low, high = max(start, piece.start), min(start + length, piece.start + piece.length)
             if low < high:
-                part = self._open[path].get_slice(f"{kind}/{name}")[low - piece_start : high - piece_start]
+                held_here = self._open[piece.path].get_slice(f"{kind}/{piece.name}")
+                part = held_here[low - piece.start : high - piece.start]
                 out[low - start : high - start] = part
                 filled += high - low
         if filled != length:

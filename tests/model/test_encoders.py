@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from cad_mllm.errors import ConfigError
 from cad_mllm.model.encoders import EncoderNames, build_encoders, describe, resolve_names
 from cad_mllm.model.image_encoder import load_image_encoder, random_image_encoder, tiny_config
+from cad_mllm.model.seeding import digest
 from tests.model.conftest import tiny_config as tiny_model_config
 
 REAL_LM = {"llm_model_name": "some/real-model"}
@@ -87,3 +89,20 @@ def test_an_empty_batch_has_no_features_and_frozen_weights_get_no_gradient() -> 
     modules = (encoders.image, encoders.point)
     assert not any(p.requires_grad for module in modules for p in module.parameters())
     assert not any(module.training for module in modules)
+
+
+def test_the_digest_of_random_weights_does_not_depend_on_what_transformers_calls_them() -> None:
+    """Of a random encoder an export keeps the digest alone: another version would refuse it."""
+
+    def module(*path: str) -> nn.Module:
+        inner: nn.Module = nn.Linear(2, 2, bias=False)
+        nn.init.ones_(inner.weight)
+        for name in reversed(path):
+            outer = nn.Module()
+            outer.add_module(name, inner)
+            inner = outer
+        return inner
+
+    layer = ("dinov2", "encoder", "layer", "0", "attention")
+    published = digest(module(*layer, "attention", "query"))
+    assert digest(module(*layer, "q_proj")) == published != digest(module(*layer, "k_proj"))

@@ -14,6 +14,8 @@ from cad_mllm.errors import CheckpointError
 from cad_mllm.model import presets
 from cad_mllm.model.build import Built, build_model
 from cad_mllm.model.export import export_weights, load_exported
+from cad_mllm.model.multimodal import parameter_groups
+from cad_mllm.model.names import stored_name
 from tests.model.conftest import CPU, Case, loss_of, shake, tiny_config
 
 SEQUENCE = {"target_format": "command", "quantization_bits": 8, "max_seq_length": 512}
@@ -24,7 +26,8 @@ def _export(folder: Path, config: ModelConfig, built: Built | None = None) -> Bu
     if built is None:
         built = build_model(config, seed=3, device=CPU)
         shake(built.model)
-    tensors = {n: p.detach().float().clone() for n, p in built.model.named_parameters() if p.requires_grad}
+    groups = parameter_groups(built.model).values()
+    tensors = {n: p.detach().float().clone() for group in groups for n, p in group}
     folder.mkdir(exist_ok=True)
     export_weights(folder, built, config, SEQUENCE, tensors)
     built.model.eval()
@@ -55,6 +58,61 @@ def test_what_comes_back_computes_the_same(
     assert back.sequence == SEQUENCE
     assert back.config.vision_model_name == back.config.point_encoder == "tiny"
     assert not back.built.model.training
+
+
+def _as_transformers_5_23_says(name: str) -> str:
+    for published, said in (
+        ("attention.attention.query.", "attention.q_proj."),
+        ("attention.attention.key.", "attention.k_proj."),
+        ("attention.attention.value.", "attention.v_proj."),
+        ("attention.output.dense.", "attention.o_proj."),
+    ):
+        name = name.replace(published, said)
+    return name
+
+
+def test_a_trained_image_encoder_is_stored_under_the_names_it_is_published_with(tmp_path: Path) -> None:
+    """Which transformers itself writes, whatever version it is."""
+    trained = _export(tmp_path / "export", tiny_config(train_encoders=True))
+    trained.model.image_projector.encoder.dinov2.save_pretrained(tmp_path / "published")
+    published = load_file(tmp_path / "published" / "model.safetensors").keys()
+    prefix = "image_projector.encoder.dinov2."
+    stored = {n for n in load_file(tmp_path / "export" / "projectors.safetensors") if n.startswith(prefix)}
+    # The mask token does not train.
+    assert stored == {prefix + name for name in published} - {f"{prefix}embeddings.mask_token"}
+    assert "image_projector.encoder.dinov2.encoder.layer.0.attention.attention.query.weight" in stored
+
+
+def test_a_trained_image_encoder_is_read_under_the_names_of_any_transformers(tmp_path: Path) -> None:
+    trained = _export(tmp_path, tiny_config(train_encoders=True))
+    weights = load_file(tmp_path / "projectors.safetensors")
+    renamed = {_as_transformers_5_23_says(name): value for name, value in weights.items()}
+    assert len(renamed.keys() - weights.keys()) == 2 * 2 * 4, "weight and bias, 2 layers, 4 projections"
+    save_file(renamed, tmp_path / "projectors.safetensors")
+    back = load_exported(tmp_path, CPU)
+    cases = [Case(2, image=True)]
+    with torch.no_grad():
+        assert torch.equal(loss_of(back.built, cases), loss_of(trained, cases))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dinov2.encoder.layer.11.attention.attention.key.bias",
+        "dinov2.encoder.layer.11.attention.output.dense.weight",
+        "image_projector.encoder.dinov2.encoder.layer.0.attention.attention.value.weight",
+        "image_projector.encoder.dinov2.encoder.layer.0.mlp.fc1.weight",
+    ],
+)
+def test_a_weight_has_one_stored_name(name: str) -> None:
+    assert stored_name(name) == name == stored_name(_as_transformers_5_23_says(name))
+
+
+@pytest.mark.parametrize(
+    "name", ["lm.model.layers.0.self_attn.q_proj.weight", "lm.layer.0.attention.q_proj.lora_A.weight"]
+)
+def test_the_weights_of_the_language_model_keep_their_names(name: str) -> None:
+    assert stored_name(name) == name
 
 
 def test_plain_peft_loads_the_adapter(lora_export: Path, built: Built) -> None:

@@ -107,6 +107,31 @@ def test_reading_does_not_depend_on_who_wrote_which_elements(tmp_path: Path) -> 
         ShardReader(folder).full("w")
 
 
+@pytest.mark.parametrize("written", ["q_proj", "attention.query"], ids=["by 5.23", "by 5.17"])
+def test_state_is_read_under_the_names_that_any_transformers_wrote(tmp_path: Path, written: str) -> None:
+    """Weights and moments of a trained DINOv2; between the versions its attention was renamed."""
+
+    def engine(query: str) -> PlainEngine:
+        module = nn.Linear(4, 3, bias=False)
+        name = f"image_projector.encoder.dinov2.encoder.layer.0.attention.{query}.weight"
+        return PlainEngine(
+            module,
+            {"lm": [(name, module.weight)]},
+            OptimizerSettings(),
+            max_grad_norm=1.0,
+            device=ALONE.device,
+        )
+
+    straight, resumed = engine(written), engine("attention.query")
+    reset_groups(straight, {"lm"})
+    train_steps(straight, 3)
+    folder = save(straight, tmp_path, 3)
+    train_steps(straight, 2)
+    checkpoint.load(folder, resumed, checkpoint.read_state(folder))
+    train_steps(resumed, 2)
+    assert torch.equal(resumed.module.weight, straight.module.weight)
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     folder = save(small_engine(), tmp_path, 1)
     with pytest.raises(
