@@ -123,6 +123,13 @@ def test_the_configuration_that_is_mounted_is_that_of_the_repository(name: str) 
             assert arguments[-3:] == ["--deepspeed", "--deepspeed_config", f"/etc/cad-mllm/deepspeed/{file}"]
 
 
+def test_every_deepspeed_file_that_is_shipped_is_in_the_pods() -> None:
+    shipped = {path.name for path in (ROOT / "configs/deepspeed").iterdir()}
+    maps = {item["metadata"]["name"]: item["data"] for item in render("zero3") if item["kind"] == "ConfigMap"}
+    (mounted,) = (set(data) for name, data in maps.items() if name.startswith("cad-mllm-deepspeed-"))
+    assert mounted == shipped
+
+
 @pytest.mark.parametrize("name", TRAINING)
 def test_volumes_and_environment_of_the_ranks(name: str) -> None:
     for pod in pods_of(render(name)):
