@@ -12,8 +12,10 @@ import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing, contextmanager
-from itertools import islice
-from multiprocessing import get_context, parent_process
+from itertools import chain, islice
+from multiprocessing import parent_process
+from multiprocessing.context import SpawnContext
+from multiprocessing.synchronize import RLock
 from pathlib import Path
 from typing import TypeVar
 
@@ -49,13 +51,18 @@ def run_limited(
     Leaving the iterator early, by `break`, `close()` or an exception such as Ctrl-C, ends the workers.
     """
     assert workers >= 1 and seconds > 0 and memory_mb > 0, (workers, seconds, memory_mb)
+    rest = enumerate(items)
+    first = list(islice(rest, workers))
+    if not first:
+        return
+    numbered = chain(first, rest)
+    context = _Context()  # until all workers have ended
     pool = ProcessPool(
-        max_workers=workers,
-        context=get_context("spawn"),
+        max_workers=len(first),  # a worker without an item would be started for nothing
+        context=context,
         initializer=_limit_worker,
         initargs=(fn, memory_mb),
     )
-    numbered = enumerate(items)
     running: dict[Future[_Result | CadError], int] = {}
     try:
         while True:
@@ -69,6 +76,24 @@ def run_limited(
     finally:
         pool.stop()
         pool.join()
+
+
+class _Context(SpawnContext):
+    """Spawns processes, and keeps the locks that they share as long as it is kept itself.
+
+    A pool that is stopped drops its locks before it ends its workers. The system's lock goes by a name, which
+    goes with it: a worker that was just starting would print that there is no such file.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._locks: list[RLock] = []
+
+    def RLock(self) -> RLock:  # noqa: N802  # what multiprocessing calls it
+        """A lock to share with the processes."""
+        lock = super().RLock()
+        self._locks.append(lock)
+        return lock
 
 
 def run_in_order(

@@ -68,6 +68,22 @@ def test_results_stream_and_leaving_early_ends_the_workers() -> None:
         os.kill(pid, 0)
 
 
+def test_workers_that_are_still_starting_end_in_silence(capfd: pytest.CaptureFixture[str]) -> None:
+    """They find the pool's locks by name, and the names go when the pool is stopped."""
+    for _ in range(3):
+        results = run_limited(pid_after, [0.0] * 8, workers=8, seconds=10)
+        next(results)
+        results.close()
+    assert capfd.readouterr().err == ""
+
+
+def test_no_more_workers_are_started_than_there_are_items() -> None:
+    results = run_limited(pid_after, iter([0.0, 60.0]), workers=8, seconds=100)
+    next(results)
+    assert len(multiprocessing.active_children()) <= 2
+    results.close()
+
+
 def test_workers_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
