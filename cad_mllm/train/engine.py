@@ -7,6 +7,7 @@ read below are the ones of DeepSpeed 0.19; `_flats_*` asserts what it relies on.
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -156,6 +157,10 @@ class ZeroEngine:
         # DeepSpeed 0.19 calls collectives by names that torch is renaming: a warning for each call.
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
         _log_to_file(log_dir / f"deepspeed_rank{world.rank}.log")
+        if world.device.type == "cpu":
+            # Its name for the ranks of this machine. Where it is not set, every reduction of gradients starts
+            # `numactl` to count what it takes for devices instead: a thousand processes in twenty steps.
+            os.environ.setdefault("LOCAL_SIZE", str(world.local_size))
         deepspeed.init_distributed()
         optimizer = _build_optimizer(
             groups, zero.optimizer, offload=zero.offload_optimizer, device=world.device
