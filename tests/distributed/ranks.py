@@ -26,7 +26,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-_HEAVY = ("torch", "transformers", "peft", "deepspeed", "cad_mllm.train.trainer")
+_HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "deepspeed",
+    # What `deepspeed.initialize` imports, with all of torch's compiler.
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "cad_mllm.train.trainer",
+)
 
 
 def free_port() -> int:
@@ -142,6 +150,8 @@ def _serve() -> None:
     os.dup2(2, 1)
     for name in _HEAVY:
         importlib.import_module(name)
+    CPUAdamBuilder = importlib.import_module("deepspeed.ops.op_builder").CPUAdamBuilder
+    CPUAdamBuilder().load()  # for offload; every rank would ask the compiler whether it is up to date
     codes: dict[int, int] = {}
     for line in sys.stdin:
         request = json.loads(line)
