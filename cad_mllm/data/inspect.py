@@ -13,17 +13,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cad_mllm.config import DataConfig, TargetFormat
+from cad_mllm.config import TargetFormat
 from cad_mllm.data import order
 from cad_mllm.data.captions import SOURCE_KEY
 from cad_mllm.data.collate import IGNORED, Batch, Sample, collate, image_array, select_points
 from cad_mllm.data.files import UnusableFileError
 from cad_mllm.data.index import Index, IndexReport, build_index, load_index
-from cad_mllm.data.layout import Split, walk_files
+from cad_mllm.data.layout import Source, Split, walk_files
 from cad_mllm.data.progress import SlowProgress
 from cad_mllm.data.sequence import MODALITIES, Combo, SequenceSpec, TextTokenizer, bos_ids, pad_id
-from cad_mllm.data.shards import shard_fault
-from cad_mllm.data.stores import LooseFiles, Shards, Store, find_store
+from cad_mllm.data.shards import ShardedSplit, is_sharded, read_manifest, shard_fault
+from cad_mllm.data.stores import LooseFiles, Shards, Store
 from cad_mllm.errors import DataError
 
 SPEC = SequenceSpec(
@@ -59,12 +59,7 @@ def inspect(location: str, tokenizer: Any, settings: InspectSettings, console: C
     `tokenizer` is one of Hugging Face. Raises DataError for a data set that is not there or damaged, and for
     an id that is not in the split.
     """
-    config = DataConfig(train_data_path=location)
-    stores: dict[Split, Store] = {}
-    for split in ("train", "val"):
-        store = find_store(config, split)  # type: ignore[arg-type]
-        if store is not None:
-            stores[split] = store  # type: ignore[index]
+    stores = _stores(location)
     chosen = stores.get(settings.split)
     if chosen is None:
         raise DataError(f"{location} has no {settings.split} split")
@@ -84,6 +79,15 @@ def inspect(location: str, tokenizer: Any, settings: InspectSettings, console: C
         if isinstance(chosen, Shards):
             console.print(_columns(stores))
         _show_sample(indices[settings.split], tokenizer, settings, console)
+
+
+def _stores(location: str) -> dict[Split, Store]:
+    """The splits that are there; of a folder in the Omni-CAD layout all is training data."""
+    if not is_sharded(location):
+        return {"train": LooseFiles(Source.existing(Path(location)))}
+    manifest = read_manifest(location)
+    splits: tuple[Split, ...] = ("train", "val")
+    return {s: Shards(ShardedSplit(location, s, manifest)) for s in splits if manifest.num_rows(s)}
 
 
 def _check_sums(location: str, stores: dict[Split, Store], console: Console) -> None:

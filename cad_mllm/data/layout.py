@@ -110,10 +110,18 @@ class Source:
 
     @classmethod
     def _below(cls, root: Path, flag: str) -> "Source":
+        try:
+            return cls.existing(root)
+        except DataError as error:
+            raise DataError(f"{flag} {error}") from error
+
+    @classmethod
+    def existing(cls, root: Path) -> "Source":
+        """`from_folder`, but DataError where the folders without which there is no data set are missing."""
         for name in (TEXT_FOLDER, JSON_FOLDER):
             if not (root / name).is_dir():
                 raise DataError(
-                    f"{flag} {root}: there is no folder {root / name}; the Omni-CAD layout has txt/ and json/"
+                    f"{root}: there is no folder {root / name}; the Omni-CAD layout has txt/ and json/"
                     ", a sharded data set has dataset.json"
                 )
         return cls.from_folder(root)

@@ -104,3 +104,13 @@ def test_what_is_not_there_is_said(
     folder = make_folder(3)
     with pytest.raises(DataError, match=complaint):
         shown(folder.root, tokenizer, **changes)
+
+
+def test_a_folder_that_is_not_there_is_named_without_the_flags_of_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_request:
+        main(["data", "inspect", str(tmp_path / "gone")])
+    assert exit_request.value.code == 3
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'gone'}: there is no folder" in said and "--" not in said
