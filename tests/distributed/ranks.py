@@ -150,8 +150,7 @@ def _serve() -> None:
     os.dup2(2, 1)
     for name in _HEAVY:
         importlib.import_module(name)
-    CPUAdamBuilder = importlib.import_module("deepspeed.ops.op_builder").CPUAdamBuilder
-    CPUAdamBuilder().load()  # for offload; every rank would ask the compiler whether it is up to date
+    _load_ops()
     codes: dict[int, int] = {}
     for line in sys.stdin:
         request = json.loads(line)
@@ -161,6 +160,15 @@ def _serve() -> None:
             answer = _wait(request["wait"], request["seconds"], codes)
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _load_ops() -> None:
+    """DeepSpeed's compiled ops for the CPU: every rank would ask the compiler whether they are up to date."""
+    from deepspeed.comm.torch import build_shm_op
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    build_shm_op()
+    CPUAdamBuilder().load()
 
 
 def _fork(rank: dict[str, Any], job: dict[str, Any]) -> int:
