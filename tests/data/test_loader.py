@@ -1,5 +1,6 @@
 """The steps of a stage: the same for any number of ranks and workers, from any start."""
 
+import functools
 import os
 import pickle
 import signal
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from cad_mllm.data.batches import Loaded
 from cad_mllm.data.collate import Batch
@@ -179,6 +181,9 @@ def test_a_worker_that_dies_of_a_sample_is_replaced_and_its_micro_batch_given_up
         return load_points(path)
 
     monkeypatch.setattr("cad_mllm.data.stores.load_points", deadly)  # workers are forks of this process
+    # torch asks every five seconds whether they live.
+    sooner = functools.partialmethod(_MultiProcessingDataLoaderIter._try_get_data, timeout=0.2)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", sooner)
     first, second, third = points_of(folder, tokenizer, index, num_workers)
     assert same(first.batch, whole[0].batch) and same(third.batch, whole[2].batch)
     assert [lost.id for lost in second.lost] == list(folder.ids[2:4])
