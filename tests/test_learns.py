@@ -39,7 +39,7 @@ def test_eight_models_with_one_caption_are_reproduced_exactly(combo: str, tmp_pa
         name=combo,
         mix={combo: 1.0},  # type: ignore[dict-item]
         trains=frozenset({LM, POINT_PROJECTOR, IMAGE_PROJECTOR}),
-        epochs=120,  # one step each
+        epochs=72,  # one step each
         lr=2e-3,
     )
     with world(config.run) as alone, StopSignal() as stop, Watchdog(600, tmp_path, 0) as watchdog:
