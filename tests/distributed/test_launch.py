@@ -17,12 +17,12 @@ from tests.distributed.runs import flags, losses
 ENTRY = "cad_mllm/train_curriculum.py"
 BIN = Path(sys.executable).parent
 ZERO3 = "configs/deepspeed/ds_zero3_config.json"
-# The quick test of the old manual on a CPU: tiny, sdpa, fp32 (bf16 is slow there), few samples.
+# The quick test of the old manual on a CPU: tiny, sdpa, fp32 (bf16 is slow there), few samples and processes.
 QUICK_TEST = [
     "--deepspeed", "--deepspeed_config", ZERO3, "--create_dummy_data", "--num_dummy_samples", "4",
     "--batch_size", "2", "--stage1_epochs", "1", "--stage2_epochs", "1", "--stage3_epochs", "1",
     "--use_gradient_checkpointing", "--attn_implementation", "sdpa", "--llm_model_name", "tiny",
-    "--dtype", "float32",
+    "--dtype", "float32", "--num_workers", "1",
 ]  # fmt: skip
 
 pytestmark = pytest.mark.distributed
