@@ -3,7 +3,6 @@
 import csv
 import json
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from cad_mllm.evaluate.report import write_report
 from cad_mllm.evaluate.score import Outcome, Pair, Sample, score
 from tests.cad.shapes import CUBE, DRILLED
 from tests.data.sharding import shard_folder
+from tests.evaluate.hanging import hang_on_hang
 from tests.kernel import CAD_MLLM, without_opencascade
 
 PLATE = "NZ0,0,127,254,254E60P0,0H254V254H0"
@@ -148,15 +148,6 @@ def test_the_same_folders_give_the_same_figures(evaluation: run.Evaluation, fold
 
 
 # --- time, memory, a crash ----------------------------------------------------------------------------------
-
-
-def hang_on_hang(pair: Pair) -> Sample:
-    """Stands for `score`: whatever file has `hang` in its name takes for ever."""
-    for path in (pair.true, pair.predicted):
-        if path is not None and "hang" in path.name:
-            time.sleep(60)
-    outcome = Outcome.MISSING if pair.predicted is None else Outcome.SCORED
-    return Sample(pair.id, outcome, figures={} if outcome is Outcome.SCORED else None)
 
 
 def test_a_pair_that_hangs_is_the_fault_of_the_side_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
