@@ -153,13 +153,13 @@ def test_a_run_that_lost_a_rank_ends_as_if_it_had_not(
 
 
 @pytest.mark.slow
-def test_thirty_kills(data: Path, tmp_path: Path, straight: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_fifteen_kills(engine: str, data: Path, tmp_path: Path, straight: Callable[[str], Path]) -> None:
     kills = []
-    for seed in range(30):
-        engine = ENGINES[seed % 2]
+    for seed in range(ENGINES.index(engine), 30, 2):
         kill = kill_and_check(data, tmp_path, straight, engine, 100 + seed, in_save=seed % 3 == 0)
         kills.append(kill)
-        print(f"{seed + 1:>2}  {engine:<13} {kill}", flush=True)
+        print(f"{len(kills):>2}  {engine:<13} {kill}", flush=True)
     saves = sum(kill.in_save for kill in kills)
     print(f"{len(kills)} kills, {saves} of them in a save; every run ended bit for bit as without")
-    assert saves >= 10
+    assert saves >= 5
