@@ -8,7 +8,7 @@ from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import distance, flags, losses, weights
 
 JOBS = Path(__file__).with_name("jobs.py")
-STEPS = {"float32": 20, "bfloat16": 8}
+STEPS = {"float32": 12, "bfloat16": 8}
 """bf16 is slow on a CPU, and 2 % apart is what two runs may be from the first step on."""
 ZERO = ("zero2_config", "zero3_config", "zero3_offload")
 TUNING = {"lora": True, "full": False}
