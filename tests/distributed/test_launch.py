@@ -56,11 +56,12 @@ def finish(process: "subprocess.Popen[str]", seconds: float = 240) -> tuple[int,
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["deepspeed", "--num_gpus=2", "--master_port={port}"],
-        ["torchrun", "--nproc_per_node=2", "--master_port={port}"],
-        ["python"],
+        pytest.param(["deepspeed", "--num_gpus=2", "--master_port={port}"], id="deepspeed"),
+        pytest.param(
+            ["torchrun", "--nproc_per_node=2", "--master_port={port}"], id="torchrun", marks=pytest.mark.slow
+        ),
+        pytest.param(["python"], id="python"),
     ],
-    ids=["deepspeed", "torchrun", "python"],
 )
 def test_the_quick_test_of_the_old_manual_runs(launcher: list[str], tmp_path: Path) -> None:
     words = [word.format(port=free_port()) for word in launcher]
