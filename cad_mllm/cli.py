@@ -241,8 +241,9 @@ class MakeDummyArguments:
     """Data folder to write."""
     num_samples: int = 100
     """How many models."""
-    complexity: Literal["real", "simple"] = "real"
-    """Operations and lengths distributed as in real models, or a handful of features each."""
+    complexity: Literal["real", "simple", "varied"] = "real"
+    """Operations and lengths distributed as in real models; or a handful of features each: those of a few
+    families (simple), or of free dimensions (varied)."""
     views: int = 8
     """Pictures of each model (drawing them takes most of the time)."""
     size: int = 224
@@ -258,7 +259,7 @@ def make_dummy(argv: Sequence[str]) -> ExitCode:
     example = (
         "examples:\n"
         "  cad-mllm make-dummy --out data/dummy --num_samples 200 --seed 7\n"
-        "  cad-mllm make-dummy --out data/synth/train --num_samples 30000 --complexity simple --views 2\n"
+        "  cad-mllm make-dummy --out data/synth/train --num_samples 60000 --complexity varied --views 1\n"
     )
     arguments = parse_flags(MakeDummyArguments, argv, prog="cad-mllm make-dummy", examples=example)
     _require("--num_samples", arguments.num_samples, 1)

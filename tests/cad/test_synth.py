@@ -9,18 +9,19 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from scipy.spatial import cKDTree
 from scipy.stats import wasserstein_distance
 
 from cad_mllm.cad import omnicad, solid
 from cad_mllm.cad.codec import decode, encode
 from cad_mllm.cad.geometry import reach
-from cad_mllm.cad.mesh import volume_by_manifold
+from cad_mllm.cad.mesh import manifold_of, mesh_by_manifold, volume_by_manifold
 from cad_mllm.cad.normalise import normalise
 from cad_mllm.cad.program import Arc, CadProgram, Circle, ExtentType, Line, Loop, Operation, Path, Vec2
 from cad_mllm.cad.synth import Complexity, make_model, make_program
 from cad_mllm.cad.synth.real import REAL_MODELS
 
-SIMPLE, REAL = Complexity.SIMPLE, Complexity.REAL
+SIMPLE, REAL, VARIED = Complexity
 SEEDS = range(300)
 
 
@@ -32,6 +33,11 @@ def simple() -> list[CadProgram]:
 @pytest.fixture(scope="module")
 def real() -> list[CadProgram]:
     return [make_program(seed, REAL)[0] for seed in SEEDS]
+
+
+@pytest.fixture(scope="module")
+def varied() -> list[CadProgram]:
+    return [make_program(seed, VARIED)[0] for seed in SEEDS]
 
 
 def command_text(program: CadProgram) -> str:
@@ -70,6 +76,21 @@ def test_every_composed_part_is_a_valid_solid_and_stays_one_as_command_text(seed
     assert built.volume == pytest.approx(volume_by_manifold(normalise(model.program).program), rel=0.05)
 
 
+@pytest.mark.parametrize("seed", range(30))
+def test_every_varied_part_is_one_valid_solid_and_stays_one_as_command_text(seed: int) -> None:
+    program, _ = make_program(seed, VARIED)
+    rounded = decode(command_text(program))
+    built = solid.build(rounded)
+    assert built.is_valid and built.num_bodies == 1
+    assert built.volume == pytest.approx(volume_by_manifold(rounded), rel=1e-3)
+    assert built.volume == pytest.approx(volume_by_manifold(normalise(program).program), rel=0.05)
+
+
+def test_no_varied_part_falls_apart(varied: list[CadProgram]) -> None:
+    for seed, program in enumerate(varied):
+        assert len(manifold_of(decode(command_text(program)), 32).decompose()) == 1, seed
+
+
 @pytest.mark.parametrize("complexity", Complexity)
 def test_a_seed_gives_the_same_part_always_and_seeds_differ(complexity: Complexity) -> None:
     parts = [make_model(seed, complexity) for seed in range(60)]
@@ -99,6 +120,42 @@ def test_simple_parts_have_short_command_texts(simple: list[CadProgram]) -> None
     assert sum(len(text) <= 200 for text in texts) > 0.95 * len(texts)
     for text in texts[:10]:
         assert solid.build(decode(text)).is_valid
+
+
+def test_varied_parts_have_up_to_three_features_of_every_kind_and_short_command_texts(
+    varied: list[CadProgram],
+) -> None:
+    operations = Counter("".join(e.operation.name[0] for e in program.extrudes) for program in varied)
+    assert {len(letters) for letters in operations} == {1, 2, 3, 4}
+    assert all(letters.startswith("N") and "CJ" not in letters for letters in operations)
+    assert sum(count for letters, count in operations.items() if len(letters) > 1) > 0.75 * len(varied)
+    nouns = ("boss", "block", "pillar", "through hole", "pocket", "cross hole")
+    captions = [make_model(seed, VARIED).captions[0].partition(" with ")[2] for seed in SEEDS]
+    assert all(sum(noun in caption for caption in captions) > 15 for noun in nouns)
+    assert all(len(command_text(program)) <= 250 for program in varied)
+
+
+def test_the_nearest_of_many_varied_parts_is_farther_than_of_simple_ones(
+    simple: list[CadProgram], varied: list[CadProgram]
+) -> None:
+    assert median_nearest(varied[:20], varied[20:200]) > 2 * median_nearest(simple[:20], simple[20:200])
+
+
+def median_nearest(sought: list[CadProgram], known: list[CadProgram]) -> float:
+    """The median squared chamfer distance to the nearest known part, above that to the same part."""
+
+    def clouds(programs: list[CadProgram], first_seed: int) -> list[cKDTree]:
+        meshes = [mesh_by_manifold(normalise(program).program, 32) for program in programs]
+        return [cKDTree(mesh.sample(512, seed)[:, :3]) for seed, mesh in enumerate(meshes, first_seed)]
+
+    seekers, others = clouds(sought, 0), clouds(known, 100)
+    nearest = [min(squared_chamfer(seeker, other) for other in others) for seeker in seekers]
+    same = [squared_chamfer(*pair) for pair in zip(seekers, clouds(sought, 1000), strict=True)]
+    return float(np.median(nearest) - np.median(same))
+
+
+def squared_chamfer(one: cKDTree, other: cKDTree) -> float:
+    return float((other.query(one.data)[0] ** 2).mean() + (one.query(other.data)[0] ** 2).mean())
 
 
 def test_composed_parts_are_as_long_as_real_models(real: list[CadProgram]) -> None:

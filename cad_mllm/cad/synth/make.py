@@ -15,6 +15,7 @@ from cad_mllm.cad.synth.compose import compose
 from cad_mllm.cad.synth.draw import Draw, Part, with_article
 from cad_mllm.cad.synth.families import SIMPLE_FAMILIES
 from cad_mllm.cad.synth.real import REAL_MODELS
+from cad_mllm.cad.synth.varied import varied
 
 _TRIES, _MANY_TRIES = 10, 200
 _CLOSE, _FAR = 0.06, 0.3
@@ -31,6 +32,8 @@ class Complexity(Enum):
     """A handful of features, at most 200 characters of command text."""
     REAL = "real"
     """Operations and lengths distributed as in real models: up to 14 extrudes and 2,000 characters."""
+    VARIED = "varied"
+    """An outline and up to three large features, all dimensions free; at most 250 characters."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,13 @@ def make_program(seed: int, complexity: Complexity = Complexity.SIMPLE) -> tuple
 def make_model(seed: int, complexity: Complexity = Complexity.SIMPLE) -> Model:
     """Make one part with all its captions; the same for the same arguments, always."""
     draw = Draw(seed)
-    part = _like_real(draw) if complexity is Complexity.REAL else draw.pick(SIMPLE_FAMILIES)(draw)
+    match complexity:
+        case Complexity.SIMPLE:
+            part = draw.pick(SIMPLE_FAMILIES)(draw)
+        case Complexity.REAL:
+            part = _like_real(draw)
+        case Complexity.VARIED:
+            part = varied(draw)
     axis, rotation = draw.pick(_MAIN_AXES)
     program = CadProgram(tuple(_placed(extrude, rotation, draw.step_mm) for extrude in part.extrudes))
     level = draw.weighted((0, 1, 2), _LEVEL_WEIGHTS)
