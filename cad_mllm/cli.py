@@ -259,7 +259,7 @@ def make_dummy(argv: Sequence[str]) -> ExitCode:
     example = (
         "examples:\n"
         "  cad-mllm make-dummy --out data/dummy --num_samples 200 --seed 7\n"
-        "  cad-mllm make-dummy --out data/synth/train --num_samples 60000 --complexity varied --views 1\n"
+        "  cad-mllm make-dummy --out data/synth/train --num_samples 50000 --complexity varied --views 1\n"
     )
     arguments = parse_flags(MakeDummyArguments, argv, prog="cad-mllm make-dummy", examples=example)
     _require("--num_samples", arguments.num_samples, 1)

@@ -18,8 +18,8 @@ from cad_mllm.cad.synth.compose import moved
 from cad_mllm.cad.synth.draw import LONGEST, Draw, Part, plural, with_article
 from cad_mllm.cad.synth.sketches import chain, feature, flat, rectangle, rounded, up
 
-_ADDED = (0, 1, 1, 2)
-_CUT = (0, 0, 1, 1)
+_ADDED = (0, 1, 1, 2, 2)
+_CUT = (0, 1, 1)
 """How many features, each number as often as it stands here."""
 _TRIES = 60
 _GAP = 2
@@ -374,4 +374,4 @@ def _disc(draw: Draw) -> _Outline:
 
 
 _OUTLINES: tuple[Callable[[Draw], _Outline], ...] = (_stepped, _slanted, _block, _disc)
-_WEIGHTS = (5, 3, 2, 1)
+_WEIGHTS = (6, 4, 2, 1)
