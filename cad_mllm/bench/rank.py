@@ -18,7 +18,7 @@ from cad_mllm.data.atomic import write_json
 from cad_mllm.data.sequence import SequenceSpec
 from cad_mllm.train.ahead import CopiedAhead
 from cad_mllm.train.assemble import sequence_spec
-from cad_mllm.train.distributed import world
+from cad_mllm.train.distributed import spare_the_collector, world
 from cad_mllm.train.rehearsal import PROJECTORS, micro_batch_loss
 
 _WORKERS = 2
@@ -137,6 +137,7 @@ def _measure(job: Job, rank: int, start: dict[str, float]) -> RankFigures:
         )  # fmt: skip
         on_gpu = ranks.device.type == "cuda"
         losses, norms, seconds, waited = [], [], [], []
+        spare_the_collector()
         for step in range(job.warmup + job.steps):
             supervised = supervised_tokens(samples.packs[step])
             ranks.barrier()

@@ -35,17 +35,23 @@ class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., I) to (..., O)."""
-        names = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or len(names) != 1 or args or kwargs or self.lora_variant:
+        names = self.active_adapters
+        usual = len(names) == 1 and names[0] in self.lora_A and names[0] not in self.lora_variant
+        if not usual or self.disable_adapters or self.merged or args or kwargs:
             out: Tensor = super().forward(x, *args, **kwargs)
             return out
         (name,) = names
-        base, a, b = self.base_layer, self.lora_A[name], self.lora_B[name]
-        x_TI = x.reshape(-1, x.shape[-1])
+        base = self.base_layer
+        x_TI = x.flatten(0, -2)
         out_TO: Tensor = _AdaptedProduct.apply(
-            x_TI, base.weight, base.bias, a.weight, b.weight, self.scaling[name]
+            x_TI,
+            base.weight,
+            base.bias,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.scaling[name],
         )
-        return out_TO.view(*x.shape[:-1], out_TO.shape[-1])
+        return out_TO.view(*x.shape[:-1], -1)
 
 
 class _AdaptedProduct(torch.autograd.Function):

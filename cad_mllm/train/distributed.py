@@ -4,6 +4,7 @@ Launched by `deepspeed`, `torchrun` or an MPI-style launcher the environment say
 LOCAL_RANK, MASTER_ADDR, MASTER_PORT); plain `python` is a world of one.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -164,3 +165,13 @@ def world(config: RunConfig) -> Iterator[World]:
     # other ranks may be anywhere, and the launcher ends them when this process exits.
     dist.barrier(group=control)
     dist.destroy_process_group()
+
+
+def spare_the_collector() -> None:
+    """Take what is there now out of Python's garbage collection; call before the steps.
+
+    Networks, DeepSpeed and torch are millions of objects that stay. The collector walks through all of them
+    now and then, the device waits for it, and at the next collective all other ranks do.
+    """
+    gc.collect()
+    gc.freeze()

@@ -18,7 +18,7 @@ from cad_mllm.errors import CadMllmError, ConfigError, ExitCode
 from cad_mllm.train import checkpoint, restarts
 from cad_mllm.train.ahead import CopiedAhead
 from cad_mllm.train.checkpoint import Position
-from cad_mllm.train.distributed import world
+from cad_mllm.train.distributed import spare_the_collector, world
 from cad_mllm.train.engine import reset_groups
 from cad_mllm.train.rehearsal import PROJECTORS, micro_batch_loss, rehearse_largest
 from cad_mllm.train.run import Run, augmentation, prepare_run
@@ -49,6 +49,7 @@ def train(config: TrainConfig) -> ExitCode:
                     if ranks.device.type == "cuda":
                         rehearse(run)
                         watchdog.beat()
+                    spare_the_collector()
                     code = fit(run, stop, watchdog)
             except CadMllmError:
                 run.writer.let_finish()
