@@ -6,8 +6,12 @@ rows, I and O channels in and out, R the rank of an adapter.
 """
 
 import importlib.util
+import os
+import shutil
 import sys
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -99,8 +103,11 @@ def settle_attention() -> None:
 
 
 def has_liger() -> bool:
-    """Whether Liger's kernels can be used here: they are installed, and so is Triton."""
-    return all(importlib.util.find_spec(name) is not None for name in ("liger_kernel", "triton"))
+    """Whether Liger's kernels can be used here: they are installed, and Triton can compile their launchers."""
+    installed = all(importlib.util.find_spec(name) is not None for name in ("liger_kernel", "triton"))
+    compilers = [os.environ.get("CC", ""), "clang", "gcc"]
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    return installed and any(shutil.which(name) for name in compilers) and headers.is_file()
 
 
 def use_liger(lm: PreTrainedModel) -> bool:
