@@ -103,7 +103,7 @@ def settle_attention() -> None:
 
 
 def has_liger() -> bool:
-    """Whether Liger's kernels can be used here: they are installed, and Triton can compile their launchers."""
+    """Whether Liger's kernels can be used here: they are installed, and Triton can compile launchers."""
     installed = all(importlib.util.find_spec(name) is not None for name in ("liger_kernel", "triton"))
     compilers = [os.environ.get("CC", ""), "clang", "gcc"]
     headers = Path(sysconfig.get_paths()["include"], "Python.h")

@@ -89,6 +89,10 @@ class PlainEngine:
         self._params = [p for params in groups.values() for _, p in params]
         # An fp32 parameter is its own master: the same storage, so that nothing has to be copied back.
         self._masters = [nn.Parameter(p.detach().float().view(-1)) for p in self._params]
+        pairs = zip(self._params, self._masters, strict=True)
+        rounded = [(p, m) for p, m in pairs if p.data_ptr() != m.data_ptr()]
+        self._copies = [p.detach().view(-1) for p, _ in rounded]
+        self._originals = [m.detach() for _, m in rounded]
         masters = iter(self._masters)
         master_groups = {name: [(n, next(masters)) for n, _ in params] for name, params in groups.items()}
         self.optimizer = _build_optimizer(master_groups, settings, offload=False, device=device)
@@ -109,12 +113,17 @@ class PlainEngine:
     def backward(self, loss: Tensor) -> None:
         """Accumulate into fp32: bf16 sums over many micro-batches lose the small ones."""
         loss.backward()
+        added: list[tuple[Tensor, Tensor]] = []
         for p, master in zip(self._params, self._masters, strict=True):
             if p.grad is None:
                 continue
-            grad = p.grad.float().view(-1)
-            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+            added.append((master.grad, p.grad.view(-1)))
             p.grad = None
+        # A small model waits for Python, not for its kernels: one call for all parameters.
+        if added:
+            torch._foreach_add_([to for to, _ in added], [grad for _, grad in added])
 
     def step(self, learning_rates: Mapping[str, float]) -> float:
         """See `Engine.step`. The clipping factor is DeepSpeed's: max_norm / (norm + 1e-6), at most 1."""
@@ -138,9 +147,8 @@ class PlainEngine:
     @torch.no_grad()
     def refresh(self) -> None:
         """See `Engine.refresh`."""
-        for p, master in zip(self._params, self._masters, strict=True):
-            if p.data_ptr() != master.data_ptr():
-                p.copy_(master.view_as(p))
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._originals)
 
     def profile_communication(self, on: bool) -> None:
         """One process: there is no communication to measure."""

@@ -46,9 +46,11 @@ class KeptWhole:
         offload = zero.parameter_offload
         assert zero.persistent_parameters is offload.persistent_parameters
         assert callable(offload.partition_all_parameters)
-        kept = list(offload.persistent_parameters)
+        # What DeepSpeed holds quantised it has to gather itself.
+        kept = [p for p in offload.persistent_parameters if not hasattr(p.ds_tensor, "ds_quant_scale")]
         assert all(p.ds_persist for p in kept)
-        offload.persistent_parameters.clear()
+        of_deepspeed = [p for p in offload.persistent_parameters if hasattr(p.ds_tensor, "ds_quant_scale")]
+        offload.persistent_parameters[:] = of_deepspeed
         self._group = zero.dp_process_group
         for p in kept:
             p.data = torch.empty(p.ds_shape, dtype=p.dtype, device=p.device)
