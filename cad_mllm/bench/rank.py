@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import DataLoader
 
-from cad_mllm.bench.peers import Peer, build, train_config
+from cad_mllm.bench.peers import Peer, Setup, build, train_config
 from cad_mllm.bench.workloads import MicroBatches, StepSamples, TimedSample, Workload, supervised_tokens
 from cad_mllm.data.atomic import write_json
 from cad_mllm.data.sequence import SequenceSpec
 from cad_mllm.train.ahead import CopiedAhead
 from cad_mllm.train.assemble import sequence_spec
-from cad_mllm.train.distributed import spare_the_collector, world
+from cad_mllm.train.distributed import World, spare_the_collector, world
 from cad_mllm.train.rehearsal import PROJECTORS, micro_batch_loss
 
 _WORKERS = 2
@@ -129,48 +129,7 @@ def _measure(job: Job, rank: int, start: dict[str, float]) -> RankFigures:
         samples = _samples(job, spec)
         data = MicroBatches(samples, workload, spec, packed=peer.packed, rank=rank, ranks=job.ranks)
         assert data.per_step == micro_batches, "the engine accumulates what a step has"
-        batches = iter(
-            DataLoader(
-                data, batch_size=None, num_workers=_WORKERS if job.device == "cuda" else 0,
-                pin_memory=job.device == "cuda",
-            )
-        )  # fmt: skip
-        on_gpu = ranks.device.type == "cuda"
-        losses, norms, seconds, waited = [], [], [], []
-        spare_the_collector()
-        for step in range(job.warmup + job.steps):
-            supervised = supervised_tokens(samples.packs[step])
-            ranks.barrier()
-            if on_gpu:
-                torch.cuda.synchronize()
-            began, wait = time.perf_counter(), 0.0
-            total = torch.zeros((), device=ranks.device)
-            ahead = iter(CopiedAhead(islice(batches, data.per_step), ranks.device))
-            for _ in range(data.per_step):
-                asked = time.perf_counter()
-                batch = next(ahead)
-                wait += time.perf_counter() - asked
-                loss = micro_batch_loss(
-                    setup.forward,  # type: ignore[arg-type]
-                    setup.built.encoders,
-                    batch,
-                    ranks.device,
-                    trainable=PROJECTORS,
-                )
-                setup.backward(loss / supervised)
-                total += loss.detach()
-            norms.append(setup.step())
-            if on_gpu:
-                torch.cuda.synchronize()
-            took = time.perf_counter() - began
-            losses.append(ranks.sum(float(total))[0] / supervised)
-            if step == 0:
-                reached("first step")
-                if on_gpu:
-                    torch.cuda.reset_peak_memory_stats()
-            if step >= job.warmup:
-                seconds.append(took)
-                waited.append(wait)
+        losses, norms, seconds, waited = _time_steps(job, setup, data, samples, ranks, reached)
         timed = _by_step(data.batches, data.per_step)[job.warmup :]
         width = workload.pack_tokens if peer.packed else workload.padded_rows * workload.max_seq_length
         return RankFigures(
@@ -185,10 +144,60 @@ def _measure(job: Job, rank: int, start: dict[str, float]) -> RankFigures:
             samples=[sum(len(batch) for batch in step) for step in timed],
             micro_tokens=[[sum(s.length for s in batch) for batch in step] for step in timed],
             micro_squares=[[sum(s.length**2 for s in batch) for batch in step] for step in timed],
-            peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else 0,
+            peak_bytes=torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else 0,
             start=start,
             sizes=_sizes(setup.built.model),
         )
+
+
+def _time_steps(
+    job: Job,
+    setup: Setup,
+    data: MicroBatches,
+    samples: StepSamples,
+    ranks: World,
+    reached: Callable[[str], None],
+) -> tuple[list[float], list[float], list[float], list[float]]:
+    """(losses, gradient norms) of all steps, (seconds, of which waited for batches) of the timed ones."""
+    on_gpu = ranks.device.type == "cuda"
+    loader = DataLoader(data, batch_size=None, num_workers=_WORKERS if on_gpu else 0, pin_memory=on_gpu)
+    batches = iter(loader)
+    losses, norms, seconds, waited = [], [], [], []
+    spare_the_collector()
+    for step in range(job.warmup + job.steps):
+        supervised = supervised_tokens(samples.packs[step])
+        ranks.barrier()
+        if on_gpu:
+            torch.cuda.synchronize()
+        began, wait = time.perf_counter(), 0.0
+        total = torch.zeros((), device=ranks.device)
+        ahead = iter(CopiedAhead(islice(batches, data.per_step), ranks.device))
+        for _ in range(data.per_step):
+            asked = time.perf_counter()
+            batch = next(ahead)
+            wait += time.perf_counter() - asked
+            loss = micro_batch_loss(
+                setup.forward,  # type: ignore[arg-type]
+                setup.built.encoders,
+                batch,
+                ranks.device,
+                trainable=PROJECTORS,
+            )
+            setup.backward(loss / supervised)
+            total += loss.detach()
+        norms.append(setup.step())
+        if on_gpu:
+            torch.cuda.synchronize()
+        took = time.perf_counter() - began
+        losses.append(ranks.sum(float(total))[0] / supervised)
+        if step == 0:
+            reached("first step")
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+        if step >= job.warmup:
+            seconds.append(took)
+            waited.append(wait)
+    return losses, norms, seconds, waited
 
 
 def _samples(job: Job, spec: SequenceSpec) -> StepSamples:
