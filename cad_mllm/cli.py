@@ -309,6 +309,8 @@ class GenerateArguments:
     others agree with most."""
     temperature: float | None = None
     """Of drawn tokens; 0 takes the likeliest. Unset: 0; with --best_of .8, but for the first candidate."""
+    fit: int = 0
+    """Trials (some ms each) in which a number of the program is moved to bring it nearer to the points."""
     noise: float = 0.0
     """Robustness: standard deviation of Gaussian noise on the points, in half longest sides of their box."""
     dropped: float = 0.0
@@ -331,11 +333,11 @@ def generate(argv: Sequence[str]) -> ExitCode:
     example = (
         "examples:\n"
         '  cad-mllm generate --checkpoint outputs/tiny --out out --text "a plate with two holes"\n'
-        "  cad-mllm generate --checkpoint outputs/tiny --out out --points scan.npz --best_of 8\n"
+        "  cad-mllm generate --checkpoint outputs/tiny --out out --points scan.npz --best_of 8 --fit 500\n"
         "  cad-mllm generate --checkpoint outputs/tiny --out out --folder inputs --modalities points\n"
     )
     arguments = parse_flags(GenerateArguments, argv, prog="cad-mllm generate", examples=example)
-    for flag, value in (("max_new_tokens", 1), ("best_of", 1), ("batch_size", 1), ("workers", 0)):
+    for flag, value in (("max_new_tokens", 1), ("best_of", 1), ("batch_size", 1), ("workers", 0), ("fit", 0)):
         _require(f"--{flag}", getattr(arguments, flag), value)
     _require("--temperature", arguments.temperature or 0.0, 0)
     _require("--noise", arguments.noise, 0)
@@ -357,6 +359,7 @@ def generate(argv: Sequence[str]) -> ExitCode:
         max_new_tokens=arguments.max_new_tokens,
         best_of=arguments.best_of,
         temperature=drawn if arguments.temperature is None else arguments.temperature,
+        fit=arguments.fit,
         seed=arguments.seed,
         batch_size=arguments.batch_size,
         workers=arguments.workers or os.cpu_count() or 1,

@@ -38,6 +38,7 @@ from cad_mllm.data.sequence import (
     target_ids,
 )
 from cad_mllm.errors import CadError, CheckpointError, ConfigError, DataError
+from cad_mllm.fit import Unfitted, fit
 from cad_mllm.inputs import Input, Unread, Worse
 from cad_mllm.model.export import MANIFEST, Exported, load_exported
 from cad_mllm.model.seeding import private_rng
@@ -179,6 +180,28 @@ class Generator:
             workers=workers,
         )
         return [outputs[number] for outputs, number in zip(each, chosen, strict=True)]
+
+    def fit(
+        self, inputs: Sequence[Input], outputs: Sequence[Output], *, trials: int, workers: int = 1
+    ) -> list[Output]:
+        """The same programs, those of inputs with points brought nearer to them; see `fit.fit`.
+
+        ConfigError: the model writes JSON.
+        """
+        if not self._is_command:
+            raise ConfigError("this model writes JSON: only command text can be fitted to points (--fit)")
+        unfitted = {
+            number: Unfitted(output.text, given.points_NC, self._bits, given.start)
+            for number, (given, output) in enumerate(zip(inputs, outputs, strict=True))
+            if output.program is not None and given.points_NC is not None
+        }
+        texts = dict(zip(unfitted, fit(list(unfitted.values()), trials=trials, workers=workers), strict=True))
+        return [
+            replace(output, text=texts[number], program=self._parse(texts[number]))
+            if number in texts
+            else output
+            for number, output in enumerate(outputs)
+        ]
 
     def usable(self, given: Input, max_new_tokens: int) -> Input:
         """The same input; raises what `generate` would raise for it."""
@@ -393,6 +416,8 @@ class GenerateSettings:
     """Candidates for each input."""
     temperature: float = 0.0
     """Of drawn tokens; the first of several candidates is greedy."""
+    fit: int = 0
+    """Trials in which the numbers of a program are moved to bring it nearer to the points."""
     seed: int = 0
     batch_size: int = 8
     workers: int = 1
@@ -423,6 +448,8 @@ class Generated:
     builder: str | None
     """What built the solid: `opencascade`, or `polygons` where that is not installed (then no .step); None if
     programs alone were written."""
+    fit: int
+    """Trials of the fit to the points; 0: as the model wrote it."""
     noise: float
     """What was added to the points that the model was given: see `Worse`."""
     dropped: float
@@ -483,6 +510,7 @@ def generate_all(
                     modalities="",
                     caption=inputs[one].caption,
                     builder=settings.builder,
+                    fit=0,
                     **asdict(settings.worse),
                 )
         for result in _generate_and_write(generator, out, usable, settings):
@@ -505,6 +533,10 @@ def _generate_and_write(
         batch_size=settings.batch_size,
         workers=settings.workers,
     )
+    if settings.fit:
+        generated = generator.fit(
+            list(inputs.values()), generated, trials=settings.fit, workers=settings.workers
+        )
     outputs = dict(zip(inputs, generated, strict=True))
     errors = write_outputs(out, outputs, programs_only=settings.programs_only, workers=settings.workers)
     return [
@@ -515,6 +547,7 @@ def _generate_and_write(
             modalities=given.combo,
             caption=given.caption,
             builder=settings.builder,
+            fit=settings.fit if given.points_NC is not None else 0,
             **asdict(settings.worse),
         )
         for one, given in inputs.items()

@@ -131,6 +131,15 @@ def test_the_best_of_several_is_the_nearest_to_the_points(generator: Generator) 
     assert once == greedy
 
 
+def test_programs_are_fitted_to_points_where_there_are_some(generator: Generator) -> None:
+    outputs = generator.generate(INPUTS, 60)
+    fitted = generator.fit(INPUTS, outputs, trials=5)
+    for given, before, after in zip(INPUTS, outputs, fitted, strict=True):
+        assert after.program is not None and codec.decode(after.text, 8) == after.program
+        if given.points_NC is None:
+            assert after == before
+
+
 def test_neighbours_in_the_batch_do_not_matter(generator: Generator) -> None:
     together = generator.generate(INPUTS, 120)
     assert together == generator.generate(INPUTS, 120, batch_size=1)

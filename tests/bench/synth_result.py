@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 SEED = 0
 RETRIEVAL = "nearest training model"
+RETRIEVAL_FITTED = f"{RETRIEVAL}-fit"
+"""Its numbers moved as those of the model's programs are: what remains is what the model read better."""
 NOISE, DROPPED = (0.01, 0.02, 0.03, 0.05), (0.2, 0.5, 0.8, 0.95, 0.99)
 
 
@@ -51,6 +53,8 @@ class Setting:
 
     modalities: tuple[Given, ...]
     candidates: int = 1
+    fit: bool = False
+    """Whether the numbers of the best candidate are fitted to the points."""
     worse: Worse = Worse()  # noqa: RUF009 frozen
 
     @property
@@ -60,7 +64,8 @@ class Setting:
         name = "+".join(self.modalities)
         if self.candidates == 1:
             return f"{name}/{level}" if level else name
-        return f"{name}-{level}-best" if level else f"{name}-best"
+        name = f"{name}-{level}-best" if level else f"{name}-best"
+        return f"{name}-fit" if self.fit else name
 
 
 def settings(candidates: int) -> list[Setting]:
@@ -72,6 +77,7 @@ def settings(candidates: int) -> list[Setting]:
     rows = [Setting(modalities=given) for given in (points, image, text)]
     rows += [Setting(modalities=given, candidates=candidates) for given in (points, image, text)]
     rows += [
+        Setting(modalities=points, candidates=candidates, fit=True),
         Setting(modalities=points, worse=half),
         Setting(modalities=points, worse=half, candidates=candidates),
     ]
@@ -159,7 +165,16 @@ def checks(rows: Mapping[str, Row], candidates: int) -> list[Check]:
             given = f"median {label}, {f'best of {candidates}' if kind else 'greedy'}"
             clean = f"text+points{kind}"
             worse = half if kind else "text+points/dropped-0.5"
+            fitted = [
+                (
+                    "fitted text+points over nearest training model",
+                    ratio(f"{clean}-fit", RETRIEVAL, figure),
+                    0.5,
+                ),
+                ("the same, that fitted too", ratio(f"{clean}-fit", RETRIEVAL_FITTED, figure), 1.0),
+            ]
             ratios = [
+                *(fitted if kind else []),
                 ("text+points over nearest training model", ratio(clean, RETRIEVAL, figure), 0.5),
                 ("half of the points dropped over clean", ratio(worse, clean, figure), 1.1),
                 ("text+points+image over text+points", ratio(f"text+points+image{kind}", clean, figure), 1.0),
@@ -281,6 +296,7 @@ class Measurement:
             max_new_tokens=self.arguments.max_new_tokens,
             best_of=setting.candidates,
             temperature=self.arguments.temperature if setting.candidates > 1 else 0.0,
+            fit=self.arguments.fit if setting.fit else 0,
             seed=SEED,
             batch_size=self.arguments.batch_size,
             workers=self.arguments.workers,
@@ -289,6 +305,28 @@ class Measurement:
         )
         inputs = read_folder(self.out / "held-out", set(setting.modalities))
         generate_all(generator, self.predictions(setting.folder), inputs, how)
+        return time.monotonic() - started
+
+    def fit_retrieved(self) -> float:
+        """Fit the nearest training models as the model's programs are; how many seconds that took."""
+        from cad_mllm.cad import codec, omnicad
+        from cad_mllm.cad.program_metrics import BITS
+        from cad_mllm.cad.shapefile import program_text
+        from cad_mllm.fit import Unfitted, fit
+
+        started = time.monotonic()
+        inputs = read_folder(self.out / "held-out", {"points"})
+        unfitted: dict[str, Unfitted] = {}
+        for one, given in inputs.items():
+            points_PC = given.read().points_NC
+            assert points_PC is not None
+            text = program_text(self.predictions(RETRIEVAL) / f"{one}.json")
+            unfitted[one] = Unfitted(text, points_PC, BITS)
+        texts = fit(list(unfitted.values()), trials=self.arguments.fit, workers=self.arguments.workers)
+        for one, text in zip(unfitted, texts, strict=True):
+            path = self.predictions(RETRIEVAL_FITTED) / f"{one}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(omnicad.to_json(codec.decode(text))))
         return time.monotonic() - started
 
     def run(self) -> dict[str, object]:
@@ -324,6 +362,10 @@ class Measurement:
                 scored.append(job)
             for job in scored:
                 job.result()
+        if self.elapsed + slowest > arguments.seconds:
+            self.not_run.append(RETRIEVAL_FITTED)
+        else:
+            self.evaluate(RETRIEVAL_FITTED, 1, self.fit_retrieved())
         return {
             "checkpoint": str(arguments.checkpoint),
             "train": str(arguments.train),
@@ -332,6 +374,7 @@ class Measurement:
             "held out": count,
             "left out, because the training data hold them": seen,
             "best of": candidates,
+            "trials of a fit": arguments.fit,
             "temperature": arguments.temperature,
             "max_new_tokens": arguments.max_new_tokens,
             "retrieval": search,
@@ -392,6 +435,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=300)
     parser.add_argument("--best_of", type=int, default=8)
+    parser.add_argument("--fit", type=int, default=500, help="trials of a fit to the points")
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--batch_size", type=int, default=512)

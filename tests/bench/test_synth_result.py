@@ -8,7 +8,15 @@ import pytest
 from cad_mllm.data.dummy import write_dummy_data
 from cad_mllm.evaluate.files import find_shapes
 from cad_mllm.evaluate.report import robustness_runs
-from tests.bench.synth_result import RETRIEVAL, Measurement, Row, checks, hold_out, settings
+from tests.bench.synth_result import (
+    RETRIEVAL,
+    RETRIEVAL_FITTED,
+    Measurement,
+    Row,
+    checks,
+    hold_out,
+    settings,
+)
 
 
 def row(name: str, invalid: float = 0.0, cd: float | None = 1.0) -> Row:
@@ -31,7 +39,7 @@ def row(name: str, invalid: float = 0.0, cd: float | None = 1.0) -> Row:
 
 def test_every_row_has_a_folder_and_the_curves_find_theirs(tmp_path: Path) -> None:
     folders = [setting.folder for setting in settings(8)]
-    assert len(set(folders)) == len(folders) == 16
+    assert len(set(folders)) == len(folders) == 17
     assert folders[:3] == ["text+points", "text+points+image", "text"]
     for folder in folders:
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
@@ -47,6 +55,8 @@ def test_what_is_held_to_passes_or_fails_as_measured() -> None:
         "text+points": row("text+points", invalid=0.06, cd=1.01),
         "text+points/dropped-0.5": row("text+points/dropped-0.5", cd=1.2),
         "text+points-best": row("text+points-best", invalid=0.01, cd=1.0),
+        "text+points-best-fit": row("text+points-best-fit", cd=0.8),
+        RETRIEVAL_FITTED: row(RETRIEVAL_FITTED, cd=0.7),
         "text-best": row("text-best", cd=None),
     }
     verdicts = {check.what: check.verdict for check in checks(rows, 8)}
@@ -57,6 +67,8 @@ def test_what_is_held_to_passes_or_fails_as_measured() -> None:
     assert verdicts["median CD squared, greedy: half of the points dropped over clean"] == "FAIL"
     assert verdicts["median CD squared, best of 8: half of the points dropped over clean"] == "not measured"
     assert verdicts["median CD, best of 8: text+points over text"] == "not measured"
+    assert verdicts["median CD, best of 8: fitted text+points over nearest training model"] == "pass"
+    assert verdicts["median CD, best of 8: the same, that fitted too"] == "FAIL"
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +96,28 @@ def test_without_time_only_the_nearest_models_are_scored_and_that_is_said(
     arguments = argparse.Namespace(
         checkpoint=tmp_path, train=data / "train", val=data / "val", out=tmp_path / "out", samples=2
     )
-    vars(arguments).update(best_of=8, temperature=0.8, max_new_tokens=60, verified=1, seconds=0.0, workers=1)
+    vars(arguments).update(
+        best_of=8, fit=5, temperature=0.8, max_new_tokens=60, verified=1, seconds=0.0, workers=1
+    )
     result = Measurement(arguments).run()
-    assert result["not run for want of time"] == [setting.folder for setting in settings(8)]
+    assert result["not run for want of time"] == [
+        *(setting.folder for setting in settings(8)),
+        RETRIEVAL_FITTED,
+    ]
     (nearest,) = result["rows"]  # type: ignore[misc]
     assert nearest["name"] == RETRIEVAL and nearest["samples"] == 2 and nearest["invalid"] == 0
     assert result["retrieval"]["same model found"] == 1  # type: ignore[index]
     assert {check["verdict"] for check in result["held to"]} == {"not measured"}  # type: ignore[attr-defined]
+
+
+def test_the_nearest_models_are_fitted_to_the_points_of_those_that_are_sought(
+    data: Path, tmp_path: Path
+) -> None:
+    hold_out(data / "val", data / "train", tmp_path / "held-out", 2, 1)
+    measurement = Measurement(argparse.Namespace(out=tmp_path, fit=3, workers=1))
+    for path in (tmp_path / "held-out/json").rglob("*.json"):
+        copy = measurement.predictions(RETRIEVAL) / path.relative_to(tmp_path / "held-out/json")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    measurement.fit_retrieved()
+    assert len(list(measurement.predictions(RETRIEVAL_FITTED).rglob("*.json"))) == 2
