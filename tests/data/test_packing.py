@@ -140,12 +140,18 @@ def test_the_plan_is_the_same_every_time_and_knows_nothing_of_ranks() -> None:
     assert one.samples_until(3) == sum(len(one.step(step)) for step in range(3))
 
 
-def test_a_data_set_as_large_as_omnicad_is_planned_in_seconds_and_few_bytes() -> None:
-    lengths = real_lengths(100_000, seed=7)
-    started = time.process_time()
-    packs = plan(lengths)
-    assert time.process_time() - started < 1.0
-    assert packs.positions.nbytes + packs.starts.nbytes < 6 * len(lengths)
+def test_ten_times_as_many_samples_are_planned_in_about_ten_times_the_time_and_few_bytes() -> None:
+    def seconds_to_plan(count: int) -> float:
+        """Of this process: other work on the machine does not count."""
+        lengths = real_lengths(count, seed=7)
+        started = time.process_time()
+        packs = plan(lengths)
+        taken = time.process_time() - started
+        assert packs.positions.nbytes + packs.starts.nbytes < 6 * len(lengths)
+        return taken
+
+    # Of the size of Omni-CAD. Each sample held against each other would take a hundred times as long.
+    assert seconds_to_plan(100_000) < 30 * seconds_to_plan(10_000)
 
 
 def test_many_draws_are_those_of_one_sample_each() -> None:
