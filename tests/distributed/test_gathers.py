@@ -26,10 +26,13 @@ def gathers(data: Path, output_dir: Path, zero: str) -> list[tuple[int, int]]:
     return [(number, elements) for number, elements in counts[0][RECORDED:]]
 
 
-def test_a_step_has_at_most_two_all_gathers_for_each_decoder_layer(data: Path, tmp_path: Path) -> None:
+def test_a_step_has_at_most_two_all_gathers_for_each_layer_and_leaves_nothing_in_shared_memory(
+    data: Path, tmp_path: Path
+) -> None:
     layers = presets.lm_config("tiny").num_hidden_layers
     counts = gathers(data, tmp_path / "run", "zero3_config")
     assert max(number for number, _ in counts) <= 2 * layers + OUTSIDE
+    assert not list(Path("/dev/shm").glob("deepspeed_*"))
 
 
 def test_a_resident_run_gathers_after_an_update_only_what_it_changed(data: Path, tmp_path: Path) -> None:
