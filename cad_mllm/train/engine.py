@@ -166,8 +166,7 @@ class ZeroEngine:
         _log_to_file(log_dir / f"deepspeed_rank{world.rank}.log")
         if world.device.type == "cpu":
             # Every reduction of gradients starts `numactl` to count what it takes for devices: a thousand
-            # processes in twenty steps. Not by LOCAL_SIZE, which it reads as well: with that it reduces in
-            # shared memory, 69 MB a rank that nobody removes.
+            # processes in twenty steps. Not by LOCAL_SIZE, see `distributed.world`.
             accelerator = deepspeed.accelerator.get_accelerator()
             accelerator.device_count = lambda: world.local_size
         deepspeed.init_distributed()
