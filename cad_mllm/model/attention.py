@@ -11,6 +11,8 @@ from transformers import AttentionInterface
 
 BY_SAMPLE = "by_sample"
 """The name under which transformers knows it. It builds no mask for it."""
+BY_SAMPLE_FA2 = "by_sample_fa2"
+"""The same by the flash-attn package."""
 
 
 def attention_by_sample(
@@ -37,7 +39,7 @@ def attention_by_sample(
     if query_1HTE.device.type == "cuda":
         from torch.nn.attention.varlen import varlen_attn
 
-        query, key, value = (t[0].transpose(0, 1) for t in (query_1HTE, key_1HTE, value_1HTE))
+        query, key, value = (_tokens_first(t) for t in (query_1HTE, key_1HTE, value_1HTE))
         borders, longest = cu_seq_lens_q, max_length_q
         out_THE = varlen_attn(
             query, key, value, borders, borders, longest, longest, scale=scaling, window_size=(-1, 0)
@@ -54,4 +56,44 @@ def attention_by_sample(
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
+def flash_attention_by_sample(
+    module: nn.Module,
+    query_1HTE: Tensor,
+    key_1GTE: Tensor,
+    value_1GTE: Tensor,
+    attention_mask: None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """As `attention_by_sample`, by flash-attn itself: transformers' own way to it costs a layer as much host
+    time as all its matrix multiplications.
+    """
+    from flash_attn import flash_attn_varlen_func
+
+    assert attention_mask is None
+    query, key, value = (_tokens_first(t) for t in (query_1HTE, key_1GTE, value_1GTE))
+    borders, longest = cu_seq_lens_q, max_length_q
+    out_THE: Tensor = flash_attn_varlen_func(
+        query, key, value, borders, borders, longest, longest,
+        dropout_p=dropout,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(sliding_window - 1, 0) if sliding_window else (-1, -1),
+        softcap=softcap or 0.0,
+    )  # fmt: skip
+    return out_THE[None], None
+
+
+def _tokens_first(heads_1HTE: Tensor) -> Tensor:
+    """(T, H, E), as a view; the gradient of an index would be a copy into zeros, with the heads first."""
+    return heads_1HTE.transpose(1, 2).flatten(0, 1)
+
+
 AttentionInterface.register(BY_SAMPLE, attention_by_sample)
+AttentionInterface.register(BY_SAMPLE_FA2, flash_attention_by_sample)

@@ -25,7 +25,7 @@ from transformers.utils import is_flash_attn_2_available
 from cad_mllm.config import ModelConfig
 from cad_mllm.errors import ConfigError
 from cad_mllm.model import presets
-from cad_mllm.model.attention import BY_SAMPLE
+from cad_mllm.model.attention import BY_SAMPLE, BY_SAMPLE_FA2
 from cad_mllm.model.encoders import (
     SYNTHETIC,
     EncoderNames,
@@ -37,7 +37,7 @@ from cad_mllm.model.encoders import (
     resolve_names,
 )
 from cad_mllm.model.image_encoder import IMAGE_MEAN, IMAGE_STD, unfreeze
-from cad_mllm.model.kernels import FusedLoraLinear, has_liger, settle_attention, use_liger
+from cad_mllm.model.kernels import FusedLoraLinear, fuse_norms, has_liger, settle_attention, use_liger
 from cad_mllm.model.multimodal import MultimodalLM
 from cad_mllm.model.projectors import EncodedProjector, build_projector
 from cad_mllm.model.seeding import digest, private_rng
@@ -45,6 +45,8 @@ from cad_mllm.model.seeding import digest, private_rng
 ADAPTER_NAME = "default"
 _LOGIT_SCALINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Where configurations of transformers say that logits are more than what the head gives."""
+_PACKED_ATTENTION = {"sdpa": BY_SAMPLE, "flash_attention_2": BY_SAMPLE_FA2}
+"""What takes their place for packed rows. The eager one builds a mask of T x T then."""
 _LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
 """What transformers raises for files that are missing, incomplete or of another kind."""
 
@@ -162,8 +164,10 @@ def _build(
         random_digests = _random_digests(config, names, encoders, lm)
         trained_lm: nn.Module = _add_lora(lm, config, seed=seed, fused=fused) if config.use_lora else lm
     notes = [_describe_lm(config)]
-    if fused and device.type == "cuda" and has_liger() and use_liger(lm):
-        notes.append("norms, gates and rotary embeddings: Liger's kernels")
+    if fused and device.type == "cuda":
+        fuse_norms(lm)
+        if has_liger() and use_liger(lm):
+            notes.append("gates and rotary embeddings: Liger's kernels")
     if config.use_gradient_checkpointing:
         recomputed, layers = _checkpoint_activations(lm, recomputed_layers)
         notes.append(f"gradient checkpointing: {recomputed} of {layers} layers are recomputed")
@@ -263,8 +267,9 @@ def _load_lm(
 ) -> PreTrainedModel:
     exported = source.lm if source is not None else None
     name = config.llm_model_name if exported is None else str(exported)
-    # Of packed rows torch's attention would need a mask of T x T; the eager one builds it.
-    attention = BY_SAMPLE if packed and config.attn_implementation == "sdpa" else config.attn_implementation
+    attention: str = config.attn_implementation
+    if packed:
+        attention = _PACKED_ATTENTION.get(attention, attention)
     if name in presets.ON_THE_SPOT:
         return presets.on_the_spot(name, dtype, attention)
     if name == presets.QWEN3_8B_RANDOM:

@@ -1,8 +1,8 @@
 """The arithmetic of transformers and peft in fewer kernels: less memory traffic, fewer launches.
 
-Adapters on any device; norms, gates and rotary embeddings on CUDA, by Liger's kernels where those are
-installed (Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM Training, 2024). Shapes: T tokens of all
-rows, I and O channels in and out, R the rank of an adapter.
+Adapters on any device. On CUDA norms, by torch's kernel, and where Liger is installed gates, rotary
+embeddings and the norms of heads by its kernels (Hsu et al., Liger Kernel: Efficient Triton Kernels for LLM
+Training, 2024). Shapes: T tokens of all rows, I and O channels in and out, R the rank of an adapter.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as PeftLinear
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
@@ -26,6 +26,7 @@ _FAMILIES = ("Qwen2", "Qwen3", "Llama", "Mistral")
 _NORMS, _MLPS, _ATTENTIONS = (
     {f"{family}{part}" for family in _FAMILIES} for part in ("RMSNorm", "MLP", "Attention")
 )
+_NORMS_OF_HEADS = ("q_norm", "k_norm")
 _SILU = ("silu", "swish")
 _ROTARY = "apply_rotary_pos_emb"
 
@@ -110,11 +111,27 @@ def has_liger() -> bool:
     return installed and any(shutil.which(name) for name in compilers) and headers.is_file()
 
 
+def fuse_norms(lm: PreTrainedModel) -> None:
+    """Let the norms of an LM on CUDA compute in one kernel: torch's.
+
+    Measured on an H200, forward and backward: as fast on the device as Liger's for whole tokens, and .2 in
+    place of .6-1 ms on the host.
+    """
+
+    def norm(self: Any, hidden: Tensor) -> Tensor:
+        return nn.functional.rms_norm(hidden, hidden.shape[-1:], self.weight, self.variance_epsilon)
+
+    for module in lm.modules():
+        if type(module).__name__ in _NORMS:
+            module.forward = MethodType(norm, module)  # type: ignore[method-assign]
+
+
 def use_liger(lm: PreTrainedModel) -> bool:
     """Let the layers of an LM on CUDA compute with Liger's kernels; whether it has any that can.
 
-    Rotary embeddings are a function in transformers: it is replaced by one that takes the kernel for CUDA
-    tensors alone.
+    Norms of heads among them: there torch's kernel takes .39 ms of the device where Liger's takes .15. Rotary
+    embeddings are a function in transformers: it is replaced by one that takes the kernel for CUDA tensors
+    alone.
     """
     from liger_kernel.transformers.functional import liger_rms_norm, liger_rope, liger_swiglu
 
@@ -129,10 +146,11 @@ def use_liger(lm: PreTrainedModel) -> bool:
         return out
 
     used = False
-    for module in lm.modules():
+    for name, module in lm.named_modules():
         kind = type(module).__name__
-        if kind in _NORMS or (kind in _MLPS and gated):
-            module.forward = MethodType(norm if kind in _NORMS else mlp, module)  # type: ignore[method-assign]
+        of_heads = kind in _NORMS and name.endswith(_NORMS_OF_HEADS)
+        if of_heads or (kind in _MLPS and gated):
+            module.forward = MethodType(norm if of_heads else mlp, module)  # type: ignore[method-assign]
             used = True
     for source in {type(m).__module__ for m in lm.modules() if type(m).__name__ in _ATTENTIONS}:
         file = sys.modules[source]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.models.qwen3 import modeling_qwen3
 
 from cad_mllm.model import presets
-from cad_mllm.model.kernels import FusedLoraLinear, has_liger, use_liger
+from cad_mllm.model.kernels import FusedLoraLinear, fuse_norms, has_liger, use_liger
 
 
 class TwoLayers(nn.Module):
@@ -80,21 +80,34 @@ def rotary_restored() -> Iterator[None]:
     modeling_qwen3.apply_rotary_pos_emb = before
 
 
+def losses_and_gradients(lm: nn.Module, tokens: Tensor) -> list[Tensor]:
+    loss = lm(tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in lm.parameters() if p.grad is not None)]
+
+
+def assert_the_same(fused: nn.Module, eager: nn.Module, device: str) -> None:
+    tokens = torch.randint(0, 256, (2, 50), device=device)
+    ours, theirs = losses_and_gradients(fused, tokens), losses_and_gradients(eager, tokens)
+    assert len(ours) > 40
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+def test_norms_in_one_kernel_give_what_transformers_gives() -> None:
+    eager = presets.on_the_spot("tiny", torch.float32, "sdpa")
+    fused = copy.deepcopy(eager)
+    fuse_norms(fused)
+    assert_the_same(fused, eager, "cpu")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.skipif(not has_liger(), reason="needs Liger's kernels")
 @pytest.mark.usefixtures("rotary_restored")
 def test_ligers_kernels_give_what_transformers_gives() -> None:
-    tokens = torch.randint(0, 256, (2, 50), device="cuda")
-
-    def losses_and_gradients(lm: nn.Module) -> list[Tensor]:
-        loss = lm(tokens, labels=tokens, use_cache=False).loss
-        loss.backward()
-        return [loss.detach(), *(p.grad for p in lm.parameters())]
-
     eager = presets.on_the_spot("tiny", torch.float32, "sdpa").cuda()
     fused = copy.deepcopy(eager)
-    expected = losses_and_gradients(eager)
+    fuse_norms(fused)
     assert use_liger(fused)
-    for ours, theirs in zip(losses_and_gradients(fused), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    assert_the_same(fused, eager, "cuda")
