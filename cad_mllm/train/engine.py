@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from cad_mllm.train.distributed import World
 from cad_mllm.train.gathering import (
     KeptWhole,
+    copy_layers_at_once,
     gather_layer_by_layer,
-    measure_gradients_at_once,
     without_profiler_ranges,
 )
+from cad_mllm.train.gradients import measure_at_once, update_at_once
 from cad_mllm.train.optim import Flat, Fragment, NamedGroups, zero_moments
 from cad_mllm.train.zero import OptimizerSettings, ZeroConfig
 
@@ -175,6 +176,7 @@ class ZeroEngine:
         )
         without_profiler_ranges()
         if zero.stage == 3:
+            copy_layers_at_once()
             gather_layer_by_layer(module)
         # DeepSpeed moves parameters into groups of its own: the names are ours to keep.
         names = {id(p): n for params in groups.values() for n, p in params}
@@ -182,7 +184,7 @@ class ZeroEngine:
             model=module, optimizer=optimizer, config=zero.config
         )
         self._kept = KeptWhole(self._zero) if zero.stage == 3 else None
-        measure_gradients_at_once(self._zero)
+        (update_at_once if zero.stage == 3 else measure_at_once)(self._zero)
         self.module: nn.Module = self._engine
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer
         self._stage = zero.stage

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_GATHERS_AHEAD = 2
+
 
 def gather_layer_by_layer(module: nn.Module) -> None:
     """Let ZeRO-3 gather a whole decoder layer at once instead of each weight by itself.
@@ -51,13 +53,14 @@ class KeptWhole:
         assert all(p.ds_persist for p in kept)
         of_deepspeed = [p for p in offload.persistent_parameters if hasattr(p.ds_tensor, "ds_quant_scale")]
         offload.persistent_parameters[:] = of_deepspeed
-        self._group = zero.dp_process_group
         for p in kept:
             p.data = torch.empty(p.ds_shape, dtype=p.dtype, device=p.device)
             p.ds_status = type(p.ds_status).AVAILABLE
             p.ds_active_sub_modules.clear()
-        self._gather(kept)
-        self._trained = [p for p in kept if p.requires_grad]
+        for shards in _by_dtype(kept, zero.dp_process_group):
+            shards.gather()
+        self._trained = _by_dtype([p for p in kept if p.requires_grad], zero.dp_process_group)
+        _let_the_host_run_ahead(offload.get_param_coordinator(), _gathered_at_once(offload.module))
         hidden = frozenset(id(p) for p in kept)
         sharded = _Shown(offload.module, hidden)
         offload.partition_all_parameters = lambda: offload.get_param_coordinator().release_and_reset_all(
@@ -69,29 +72,108 @@ class KeptWhole:
 
     def refresh(self) -> None:
         """Gather what an update has changed; on all ranks alike."""
-        self._gather(self._trained)
+        for shards in self._trained:
+            shards.gather()
+
+
+def _gathered_at_once(module: nn.Module) -> int:
+    """Most parameters that are gathered together."""
+    layers = (layer for layer in module.modules() if getattr(layer, "_z3_leaf", False))
+    return max((sum(not p.ds_persist for p in layer.parameters()) for layer in layers), default=1)  # type: ignore[attr-defined]
+
+
+def _let_the_host_run_ahead(coordinator: Any, gathered_at_once: int) -> None:
+    """Let it start two gathers that the GPU has not finished: it is what DeepSpeed means.
+
+    But DeepSpeed counts parameters: with a layer at a time it waited in each for the layer's own gather.
+    """
+    name = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
+    assert getattr(coordinator, name) == _GATHERS_AHEAD
+    setattr(coordinator, name, _GATHERS_AHEAD * max(1, gathered_at_once))
+
+
+class _Shards:
+    """Parameters of one dtype, gathered in one call."""
+
+    def __init__(self, parameters: Sequence[Any], group: Any) -> None:
+        self._parameters = parameters
+        self._group = group
+        self._own = [p.ds_tensor.view(-1) for p in parameters]
+        self._sizes = [own.numel() for own in self._own]
 
     @torch.no_grad()
-    def _gather(self, parameters: Sequence[Any]) -> None:
+    def gather(self) -> None:
+        """Make the whole parameters what the ranks' shards are; on all ranks alike."""
         from deepspeed import comm
 
-        for dtype in sorted({p.ds_tensor.dtype for p in parameters}, key=str):
-            of_dtype = [p for p in parameters if p.ds_tensor.dtype == dtype]
-            own_L = torch.cat([p.ds_tensor.to(p.device, non_blocking=True).view(-1) for p in of_dtype])
-            ranks = comm.get_world_size(self._group)
-            all_WL = own_L.new_empty(ranks, own_L.numel())
-            comm.all_gather_into_tensor(all_WL.view(-1), own_L, group=self._group)
-            parts = all_WL.split([p.ds_tensor.numel() for p in of_dtype], dim=1)
-            whole = [_same_shapes(p, part_WN) for p, part_WN in zip(of_dtype, parts, strict=True)]
-            torch._foreach_copy_([to for to, _ in whole], [source for _, source in whole])
+        ranks = comm.get_world_size(self._group)
+        own_L = torch.cat(self._own).to(self._parameters[0].device)
+        all_WL = own_L.new_empty(ranks, own_L.numel())
+        comm.all_gather_into_tensor(all_WL.view(-1), own_L, group=self._group)
+        padded: list[tuple[Tensor, Tensor]] = []
+        whole_WN = []
+        # Looked up each time: outside of the layers DeepSpeed may have gathered them anew.
+        for parameter, size in zip(self._parameters, self._sizes, strict=True):
+            data: Tensor = parameter.data
+            if data.numel() == ranks * size:
+                whole_WN.append(data.view(ranks, size))
+            else:  # the last ranks' shards are longer than what is left of the parameter
+                whole_WN.append(data.new_empty(ranks, size))
+                padded.append((data, whole_WN[-1]))
+        torch.split_with_sizes_copy(all_WL, self._sizes, dim=1, out=whole_WN)
+        for data, part_WN in padded:
+            data.copy_(part_WN.view(-1)[: data.numel()].view_as(data))
 
 
-def _same_shapes(parameter: Any, part_WN: Tensor) -> tuple[Tensor, Tensor]:
-    """(where, what) of a parameter, given what the ranks hold of it; the last ranks' slices may be padded."""
-    whole: Tensor = parameter.data
-    if part_WN.numel() == whole.numel():
-        return whole.view_as(part_WN), part_WN
-    return whole.view(-1), part_WN.reshape(-1)[: whole.numel()]
+def _by_dtype(parameters: Sequence[Any], group: Any) -> list[_Shards]:
+    dtypes = sorted({p.ds_tensor.dtype for p in parameters}, key=str)
+    return [_Shards([p for p in parameters if p.ds_tensor.dtype == dtype], group) for dtype in dtypes]
+
+
+def copy_layers_at_once() -> None:
+    """Let DeepSpeed take the weights of a gathered layer out of the received buffer in one kernel.
+
+    It does so with a concatenation for each weight: 31 ms of the GPU in a step of an 8B LM with LoRA, and a
+    thousand more calls on the host.
+    """
+    from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle
+
+    one_by_one = AllGatherCoalescedHandle.wait
+    if one_by_one is not _copy_at_once:
+        AllGatherCoalescedHandle.wait = _copy_at_once
+        _copy_at_once.one_by_one = one_by_one  # type: ignore[attr-defined]
+
+
+def _copy_at_once(self: Any, handle_dependency: bool = True) -> None:
+    """As `AllGatherCoalescedHandle.wait`, which does what is rare: padding, quantised or second shards."""
+    sizes = [p.ds_tensor.ds_numel for p in self.params]
+    parts: list[Tensor] = self.partitions
+    usual = (
+        handle_dependency
+        and self.quantization is None
+        and not self.use_secondary_tensor
+        and all(
+            p.ds_numel == self.world_size * size and p.ds_tensor.dtype == parts[0].dtype
+            for p, size in zip(self.params, sizes, strict=True)
+        )
+    )
+    if self.complete or not usual:
+        _copy_at_once.one_by_one(self, handle_dependency)  # type: ignore[attr-defined]
+        return
+    self.allgather_handle.wait()
+    received_WL = parts[0].as_strided((self.world_size, parts[0].numel()), (parts[0].numel(), 1))
+    assert all(part.data_ptr() == row.data_ptr() for part, row in zip(parts, received_WL, strict=True))
+    whole = [received_WL.new_empty(p.ds_shape) for p in self.params]
+    with torch.no_grad():
+        torch.split_with_sizes_copy(
+            received_WL, sizes, dim=1, out=[w.view(self.world_size, -1) for w in whole]
+        )
+    for p, w in zip(self.params, whole, strict=True):
+        p.data = w
+        p.ds_status = type(p.ds_status).AVAILABLE
+    if received_WL.device.type == "cuda":
+        received_WL.record_stream(torch.cuda.current_stream())
+    self.complete = True
 
 
 @dataclass(frozen=True)
@@ -118,34 +200,6 @@ class _Shown:
         """As DeepSpeed adds it to a module."""
         external: Iterable[tuple[Any, nn.Parameter]] = self.module.ds_external_parameters()
         return external
-
-
-def measure_gradients_at_once(zero: Any) -> None:
-    """Norms and overflow of all gradients in a few kernels; DeepSpeed starts several for each parameter.
-
-    Of a DeepSpeed optimiser of any stage. The device has nothing else to do then: on an 8B LM with LoRA it
-    waited 15 to 35 ms a step.
-    """
-    from deepspeed import comm
-
-    def norm(gradients: Iterable[Tensor], params: object, norm_type: float = 2) -> Tensor:
-        """The norm over all ranks, as of one vector; -1 if it is not finite."""
-        assert norm_type == 2
-        norms = torch._foreach_norm(list(gradients), 2, torch.float32)
-        total = torch.stack(norms).square().sum()
-        comm.all_reduce(total, op=comm.ReduceOp.SUM, group=zero.dp_process_group)
-        total = total.sqrt()
-        return torch.where(total.isfinite(), total, -1.0)
-
-    def overflow() -> Tensor:
-        """(1,) bool: whether one of this rank's gradients is not finite."""
-        gradients = [g for of_group in zero.averaged_gradients.values() for g in of_group if g is not None]
-        largest = torch.stack(torch._foreach_norm(gradients, float("inf"), torch.float32))
-        return ~largest.isfinite().all().view(1)
-
-    zero.get_grad_norm_direct = norm
-    if hasattr(zero, "has_overflow_partitioned_grads_serial"):
-        zero.has_overflow_partitioned_grads_serial = overflow
 
 
 def without_profiler_ranges() -> None:

@@ -1,0 +1,88 @@
+"""What ZeRO does between the last gradient and the next micro-batch, without a loop over parameters.
+
+Nothing else runs on the GPU then: on an 8B LM with LoRA, of 504 matrices, each such loop is a gap of
+2 to 5 ms.
+The private attributes of DeepSpeed's optimisers that are read here are the ones of DeepSpeed 0.19.
+"""
+
+from collections.abc import Iterable
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def measure_at_once(zero: Any) -> None:
+    """Norms and overflow of all gradients of ZeRO-1/2 in a few kernels."""
+
+    def overflow() -> Tensor:
+        """(1,) bool: whether one of this rank's gradients is not finite."""
+        gradients = [g for of_group in zero.averaged_gradients.values() for g in of_group if g is not None]
+        largest = torch.stack(torch._foreach_norm(gradients, float("inf"), torch.float32))
+        return ~largest.isfinite().all().view(1)
+
+    def norm(gradients: Iterable[Tensor], params: object, norm_type: float = 2) -> Tensor:
+        assert norm_type == 2
+        norms = torch._foreach_norm(list(gradients), 2, torch.float32)
+        return _norm_over_ranks(torch.stack(norms).square().sum(), zero.dp_process_group)
+
+    zero.get_grad_norm_direct = norm
+    zero.has_overflow_partitioned_grads_serial = overflow
+
+
+def update_at_once(zero: Any) -> None:
+    """Treat the gradients and the weights of each sub-group of ZeRO-3 as the flat buffers that they lie in.
+
+    And let the stream of the update, not the host, wait for the last reduction.
+    """
+    stream = zero.reduce_and_partition_stream
+    if isinstance(stream, torch.cuda.Stream) and stream != torch.cuda.default_stream():
+        zero.reduce_and_partition_stream = _ForTheUpdate(zero.device)
+    flats, offset = zero.fp16_partitioned_groups_flat, 0
+    if any(flat is None for flat in flats):  # on a disk
+        return
+    for shards, flat in zip(zero.fp16_partitioned_groups, flats, strict=True):
+        starts = accumulate((shard.numel() for shard in shards), initial=0)
+        step = flat.element_size()
+        assert all(s.data_ptr() == flat.data_ptr() + step * at for s, at in zip(shards, starts, strict=False))
+    # They are views of the flat buffer from the start; DeepSpeed makes them so again after each update.
+    zero._unflatten_partitioned_parameters = lambda sub_group: None
+    if zero.offload_optimizer:
+        return
+    gradients: list[Tensor] = []
+    for flat in flats:
+        gradients.append(zero.grad_partitions_flat_buffer.narrow(0, offset, flat.numel()))
+        offset += flat.numel()
+    assert offset == zero.grad_partitions_flat_buffer.numel()
+
+    def norm(of_parameters: object, params: object, norm_type: float = 2) -> Tensor:
+        assert norm_type == 2
+        number = next(n for n, group in enumerate(zero.fp16_groups) if group is params)
+        total = torch.linalg.vector_norm(gradients[number], dtype=torch.float32).square()
+        return _norm_over_ranks(total, zero.dp_process_group)
+
+    def prepare(number: int) -> None:
+        master = zero.fp32_partitioned_groups_flat[number]
+        master.grad = gradients[number].to(master.dtype, copy=True)  # it is scaled in place
+        zero.averaged_gradients[number] = None
+
+    zero.get_grad_norm_direct = norm
+    zero._prepare_fp32_grad_for_sub_group = prepare
+
+
+def _norm_over_ranks(squared: Tensor, group: Any) -> Tensor:
+    """The norm of what all ranks hold, as of one vector; -1 if it is not finite."""
+    from deepspeed import comm
+
+    comm.all_reduce(squared, op=comm.ReduceOp.SUM, group=group)
+    norm = squared.sqrt()
+    return torch.where(norm.isfinite(), norm, -1.0)
+
+
+class _ForTheUpdate(torch.cuda.Stream):
+    """DeepSpeed synchronises with it where the gradients have to be there."""
+
+    def synchronize(self) -> None:
+        """Let what comes next on the current stream wait; the host goes on."""
+        torch.cuda.current_stream(self.device).wait_stream(self)
