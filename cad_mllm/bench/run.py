@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cad_mllm.bench.figures import PARITY, Figures, figures_of
 from cad_mllm.bench.peers import PEERS, Peer, read_variants
@@ -208,7 +209,7 @@ def _table(results: dict[str, Any]) -> Table:
     done = {name: peer for name, peer in results["peers"].items() if "failed" not in peer}
     failed = [f"{name}: {peer['failed']}" for name, peer in results["peers"].items() if "failed" in peer]
     title = f"{results['workload']}: {results['title']} ({results['model']}, {results['device']})"
-    table = Table(title=title, caption="\n".join(failed) or None)
+    table = Table(title=title, caption=Text("\n".join(failed)) if failed else None)
     table.add_column("peer-ranks", no_wrap=True)
     for name in done:
         table.add_column(name, justify="right", overflow="fold")
