@@ -395,6 +395,7 @@ def _is_death_of_a_worker(error: Exception) -> bool:
     """torch has no type for it: `DataLoader worker (pid(s) ...) exited unexpectedly`.
 
     A worker that dies after it has announced a batch, before the tensors are fetched from it, is missed by
-    the connection over which they come.
+    the connection over which they come: on a GPU by the thread that pins memory, which ends of it.
     """
-    return not isinstance(error, RuntimeError) or str(error).startswith("DataLoader worker (pid")
+    known = ("DataLoader worker (pid", "Pin memory thread exited unexpectedly")
+    return not isinstance(error, RuntimeError) or str(error).startswith(known)

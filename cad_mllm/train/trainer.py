@@ -4,6 +4,7 @@ A run is stages of optimiser steps over one engine; where it stands is a `Positi
 step draws follows from (seed, stage, step), so a run that stops at any step goes on as if it had not.
 """
 
+import faulthandler
 import time
 
 import torch
@@ -41,6 +42,8 @@ def train(config: TrainConfig) -> ExitCode:
     Raises:
         ConfigError, DataError, CheckpointError, PreflightError: whatever the user can mend.
     """
+    # A crash of native code would leave no word: with this the stacks of all threads go to stderr.
+    faulthandler.enable()
     with world(config.run) as ranks:
         try:
             run = prepare_run(config, ranks)

@@ -77,13 +77,27 @@ def test_the_quick_test_of_the_old_manual_runs(launcher: list[str], tmp_path: Pa
     assert (tmp_path / "dummy_data" / "train" / "txt" / "0000.json").is_file()
 
 
-def test_sigterm_ends_with_143_after_a_checkpoint_and_the_run_goes_on(data: Path, tmp_path: Path) -> None:
-    words = flags(data, tmp_path, ranks=1, zero=None, stage1_epochs=200, stage2_epochs=0, stage3_epochs=0)
+def start_and_wait_for_three_steps(data: Path, out: Path) -> "subprocess.Popen[str]":
+    words = flags(data, out, ranks=1, zero=None, stage1_epochs=200, stage2_epochs=0, stage3_epochs=0)
     process = start([sys.executable, ENTRY, *words])
-    metrics = tmp_path / "metrics.jsonl"
+    metrics = out / "metrics.jsonl"
     end = time.monotonic() + 120
     while time.monotonic() < end and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
         time.sleep(0.1)
+    return process
+
+
+def test_a_crash_of_native_code_leaves_the_stacks(data: Path, tmp_path: Path) -> None:
+    process = start_and_wait_for_three_steps(data, tmp_path)
+    process.send_signal(signal.SIGSEGV)
+    code, output = finish(process, 60)
+    assert code == -signal.SIGSEGV, output
+    assert "Fatal Python error: Segmentation fault" in output and "trainer.py" in output
+
+
+def test_sigterm_ends_with_143_after_a_checkpoint_and_the_run_goes_on(data: Path, tmp_path: Path) -> None:
+    process = start_and_wait_for_three_steps(data, tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
     process.send_signal(signal.SIGTERM)
     code, output = finish(process, 60)
     assert code == 143, output
