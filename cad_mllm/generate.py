@@ -188,8 +188,7 @@ class Generator:
 
         ConfigError: the model writes JSON.
         """
-        if not self._is_command:
-            raise ConfigError("this model writes JSON: only command text can be fitted to points (--fit)")
+        self.require_command_text("fitted to points (--fit)")
         unfitted = {
             number: Unfitted(output.text, given.points_NC, self._bits, given.start)
             for number, (given, output) in enumerate(zip(inputs, outputs, strict=True))
@@ -203,6 +202,11 @@ class Generator:
             for number, output in enumerate(outputs)
         ]
 
+    def require_command_text(self, wanted: str) -> None:
+        """ConfigError for what can be done with command text alone, if the model writes JSON."""
+        if not self._is_command:
+            raise ConfigError(f"this model writes JSON: only command text can be {wanted}")
+
     def usable(self, given: Input, max_new_tokens: int) -> Input:
         """The same input; raises what `generate` would raise for it."""
         self._begin(given, max_new_tokens)
@@ -214,7 +218,7 @@ class Generator:
         if self._is_command:
             return self._drafts.begin(given.start, limit=limit)
         if given.start:
-            raise ConfigError("this model writes JSON: only command text can be gone on with (--start)")
+            self.require_command_text("gone on with (--start)")
         return None
 
     def _sample(self, given: Input) -> Sample:
@@ -524,6 +528,8 @@ def generate_all(
 def _generate_and_write(
     generator: Generator, out: Path, inputs: Mapping[str, Input], settings: GenerateSettings
 ) -> list[Generated]:
+    if settings.fit:  # said before anything is generated
+        generator.require_command_text("fitted to points (--fit)")
     generated = generator.generate_best(
         list(inputs.values()),
         settings.max_new_tokens,

@@ -185,6 +185,16 @@ def test_json_targets_are_not_held_to_the_command_grammar(tmp_path: Path) -> Non
     assert output.program is None and output.error
 
 
+def test_a_fit_of_json_is_refused_before_anything_is_generated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = _write_checkpoint(tmp_path / "json", SEQUENCE | {"target_format": "json"}, TINY)
+    monkeypatch.setattr(Generator, "generate", lambda *_, **__: pytest.fail("it was generated"))
+    given = InputFiles(caption="a plate", points=None, image=None, start="")
+    with pytest.raises(ConfigError, match=r"writes JSON.*--fit"):
+        generate_file(folder, tmp_path / "out", given, GenerateSettings(fit=5))
+
+
 def test_the_newest_complete_checkpoint_of_an_output_folder_is_taken(tmp_path: Path) -> None:
     for name, complete in (("step-00000005", True), ("step-00000010", True), ("step-00000020", False)):
         folder = tmp_path / "checkpoints" / name
