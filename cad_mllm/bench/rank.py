@@ -39,6 +39,7 @@ _TRANSPORTS: dict[Transport, dict[str, str]] = {
 class Job:
     """What all ranks of a peer are told."""
 
+    name: str
     peer: Peer
     workload: Workload
     model: str
@@ -50,8 +51,6 @@ class Job:
     """Timed ones; `warmup` come before."""
     warmup: int
     folder: Path
-    started: float
-    """`time.time()` when the peer was started."""
     transport: Transport
     memory_cap_gb: float | None
     """GPU memory that a rank may allocate; None: all."""
@@ -87,8 +86,8 @@ class RankFigures:
     """Matmul parameters of the decoder layers and of the head, number of layers, attention width."""
 
 
-def run(job: Job, rank: int, port: int) -> None:
-    """Entry of a fresh process."""
+def run(job: Job, rank: int, port: int, started: float) -> None:
+    """Entry of a fresh process, which was started at `time.time()`."""
     log = os.open(job.folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -104,16 +103,18 @@ def run(job: Job, rank: int, port: int) -> None:
     if job.memory_cap_gb is not None and job.device == "cuda":
         of_all = torch.cuda.get_device_properties(rank).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, job.memory_cap_gb * 1e9 / of_all), rank)
-    figures = _measure(job, rank, {"process": time.time() - job.started})
+    figures = _measure(job, rank, started)
     write_json(job.folder / f"rank{rank}.json", asdict(figures))
 
 
-def _measure(job: Job, rank: int, start: dict[str, float]) -> RankFigures:
+def _measure(job: Job, rank: int, started: float) -> RankFigures:
     peer, workload = job.peer, job.workload
+    start: dict[str, float] = {}
 
     def reached(what: str) -> None:
-        start[what] = time.time() - job.started
+        start[what] = time.time() - started
 
+    reached("process")
     # The accumulation is known only with the sizes of the networks, the engine wants it before.
     micro_batches = job.packs // job.ranks
     if not peer.packed:

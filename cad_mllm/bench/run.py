@@ -61,14 +61,28 @@ def bench(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     counts = list(ranks) or [torch.cuda.device_count() if device == "cuda" else 2]
     varied = {} if variants is None else read_variants(variants)
-    known = PEERS | varied
-    chosen = _chosen([*peers, *varied], counts, device, known)
+    chosen = _chosen([*peers, *varied], counts, device, PEERS | varied)
     make_writable(out, "--out")
-    console = Console()
     timed = tiny(WORKLOADS[workload]) if model == "tiny" else WORKLOADS[workload]
     if micro_batch_tokens is not None:
         timed = with_micro_batch(timed, micro_batch_tokens)
-    end = time.monotonic() + minutes * 60
+    jobs = [
+        Job(
+            name=name,
+            peer=(PEERS | varied)[name],
+            workload=timed,
+            model=model,
+            device=device,
+            ranks=count,
+            packs=max(counts),
+            steps=steps,
+            warmup=2 if device == "cuda" else 1,
+            folder=out / f"{name}-{count}",
+            transport=transport,
+            memory_cap_gb=gpu_memory_cap_gb,
+        )
+        for name, count in chosen
+    ]
     results: dict[str, Any] = {
         "workload": workload,
         "title": timed.title,
@@ -82,34 +96,29 @@ def bench(
         "variants": {name: {"zero": p.zero, "compile": p.compile} for name, p in varied.items()},
         "peers": {},
     }
-    reference: Figures | None = None
-    for name, count in chosen:
-        job = Job(
-            peer=known[name],
-            workload=timed,
-            model=model,
-            device=device,
-            ranks=count,
-            packs=max(counts),
-            steps=steps,
-            warmup=2 if device == "cuda" else 1,
-            folder=out / f"{name}-{count}",
-            started=time.time(),
-            transport=transport,
-            memory_cap_gb=gpu_memory_cap_gb,
-        )
-        console.print(f"{known[name].title}, {count} ranks ...")
-        outcome = _timed(job, end - time.monotonic(), results["device"])
-        if isinstance(outcome, Figures):
-            reference = outcome if reference is None and name == _REFERENCE else reference
-            outcome = _compared(outcome, reference, PARITY[device])
-        entry = asdict(outcome) if isinstance(outcome, Figures) else {"failed": outcome}
-        results["peers"][f"{name}-{count}"] = {"title": known[name].title, "ranks": count, **entry}
-        write_json(out / f"bench-{workload}.json", results)
+    console = Console()
+    _time_all(jobs, results, minutes * 60, out / f"bench-{workload}.json", console)
     console.print(_table(results))
     _plot(results, out / f"bench-{workload}.png")
     console.print(f"figures, plot and logs are in {out}")
     return ExitCode.DONE
+
+
+def _time_all(
+    jobs: Sequence[Job], results: dict[str, Any], seconds: float, file: Path, console: Console
+) -> None:
+    """Add the figures of each peer, or why there are none, to the results, and write them each time."""
+    end = time.monotonic() + seconds
+    reference: Figures | None = None
+    for job in jobs:
+        console.print(f"{job.peer.title}, {job.ranks} ranks ...")
+        outcome = _timed(job, end - time.monotonic(), results["device"])
+        if isinstance(outcome, Figures):
+            reference = outcome if reference is None and job.name == _REFERENCE else reference
+            outcome = _compared(outcome, reference, PARITY[job.device])
+        entry = asdict(outcome) if isinstance(outcome, Figures) else {"failed": outcome}
+        results["peers"][job.folder.name] = {"title": job.peer.title, "ranks": job.ranks, **entry}
+        write_json(file, results)
 
 
 def _chosen(
@@ -141,7 +150,9 @@ def _timed(job: Job, seconds: float, device_name: str) -> Figures | str:
         old.unlink()
     context = multiprocessing.get_context("spawn")
     port = _free_port()
-    processes = [context.Process(target=run, args=(job, rank, port)) for rank in range(job.ranks)]
+    processes = [
+        context.Process(target=run, args=(job, rank, port, time.time())) for rank in range(job.ranks)
+    ]
     end = time.monotonic() + seconds
     for process in processes:
         process.start()
