@@ -5,6 +5,7 @@ step draws follows from (seed, stage, step), so a run that stops at any step goe
 """
 
 import faulthandler
+import sys
 import time
 
 import torch
@@ -43,7 +44,7 @@ def train(config: TrainConfig) -> ExitCode:
         ConfigError, DataError, CheckpointError, PreflightError: whatever the user can mend.
     """
     # A crash of native code would leave no word: with this the stacks of all threads go to stderr.
-    faulthandler.enable()
+    faulthandler.enable(sys.__stderr__)
     with world(config.run) as ranks:
         try:
             run = prepare_run(config, ranks)
