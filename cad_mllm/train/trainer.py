@@ -5,7 +5,6 @@ step draws follows from (seed, stage, step), so a run that stops at any step goe
 """
 
 import faulthandler
-import sys
 import time
 
 import torch
@@ -29,6 +28,7 @@ from cad_mllm.train.stop import StopSignal
 from cad_mllm.train.tracking import StepMetrics
 from cad_mllm.train.watchdog import Watchdog
 
+_STDERR = 2
 _MAX_SKIPPED_IN_A_ROW = 5
 """More steps without a finite loss and gradient in a row are no accident."""
 _PROFILED_STEP = 1
@@ -44,7 +44,7 @@ def train(config: TrainConfig) -> ExitCode:
         ConfigError, DataError, CheckpointError, PreflightError: whatever the user can mend.
     """
     # A crash of native code would leave no word: with this the stacks of all threads go to stderr.
-    faulthandler.enable(sys.__stderr__)
+    faulthandler.enable(_STDERR)
     with world(config.run) as ranks:
         try:
             run = prepare_run(config, ranks)
