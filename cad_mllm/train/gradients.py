@@ -14,13 +14,14 @@ from torch import Tensor
 
 
 def measure_at_once(zero: Any) -> None:
-    """Norms and overflow of all gradients of ZeRO-1/2 in a few kernels."""
-
-    def overflow() -> Tensor:
-        """(1,) bool: whether one of this rank's gradients is not finite."""
-        gradients = [g for of_group in zero.averaged_gradients.values() for g in of_group if g is not None]
-        largest = torch.stack(torch._foreach_norm(gradients, float("inf"), torch.float32))
-        return ~largest.isfinite().all().view(1)
+    """The norm of each group of ZeRO-1/2 in a few kernels, for clipping and overflow alike."""
+    for params, flat in zip(zero.round_robin_bit16_groups, zero.bit16_groups_flat, strict=True):
+        within = range(flat.data_ptr(), flat.data_ptr() + flat.numel() * flat.element_size())
+        assert all(p.data_ptr() in within for p in params)
+    # They are views of the flat buffer from the start; DeepSpeed makes them so again after each update.
+    zero._update_model_bit16_weights = lambda group: None
+    if zero.cpu_offload:
+        return
 
     def norm(gradients: Iterable[Tensor], params: object, norm_type: float = 2) -> Tensor:
         assert norm_type == 2
@@ -28,7 +29,8 @@ def measure_at_once(zero: Any) -> None:
         return _norm_over_ranks(torch.stack(norms).square().sum(), zero.dp_process_group)
 
     zero.get_grad_norm_direct = norm
-    zero.has_overflow_partitioned_grads_serial = overflow
+    # A norm that is not finite skips the step as well.
+    zero.check_overflow = lambda partition_gradients=True: None
 
 
 def update_at_once(zero: Any) -> None:
