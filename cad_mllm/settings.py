@@ -158,6 +158,13 @@ def parse_flags(
     return parsed
 
 
+def require(flag: str, value: float, low: float, high: float = math.inf) -> None:
+    """ConfigError if a number is out of its range."""
+    if not low <= value <= high:
+        wanted = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise ConfigError(f"{flag} must be {wanted}, got {value}")
+
+
 def show(text: str) -> None:
     """Print to a reader who may stop reading: `--help | head`."""
     try:

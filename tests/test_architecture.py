@@ -31,9 +31,10 @@ ALLOWED: dict[str, set[str]] = {
     "launch": _BASE,
     "demo": _BASE | {"cad", "data", "artifacts", "inputs", "generate", "report", "cli"},
     "bench": _BASE | {"data", "model", "train"},
-    "cli": _BASE
+    "commands": _BASE
     | {"cad", "data", "model", "train", "bench", "inputs", "generate", "evaluate", "report", "settings"}
     | {"cluster"},
+    "cli": _BASE | {"commands", "settings"},
     "train_curriculum": {"cli"},
 }
 

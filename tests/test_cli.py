@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cad_mllm import cli
 from cad_mllm.cli import COMMANDS, main, run_and_exit
+from cad_mllm.commands import training
 from cad_mllm.config import TrainConfig
 from cad_mllm.errors import CadError, CheckpointError, ConfigError, DataError, ExitCode, PreflightError
 from cad_mllm.settings import config_from_flat, flag_names, leaves, parse_train_args, read_yaml, to_flat
@@ -428,7 +429,7 @@ def test_what_launches_a_training_launches_its_examination(
 ) -> None:
     called: list[tuple[str, list[str]]] = []
     for name in ("doctor", "train"):
-        monkeypatch.setattr(cli, name, lambda argv, prog="", name=name: called.append((name, argv)) or 0)
+        monkeypatch.setattr(training, name, lambda argv, prog="", name=name: called.append((name, argv)) or 0)
     monkeypatch.setattr(sys, "argv", ["train_curriculum.py", *argv])
     with pytest.raises(SystemExit):
         cli.train_main()

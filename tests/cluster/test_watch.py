@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from cad_mllm.cli import LogsArguments, SmokeArguments, SubmitArguments, WatchArguments, main
+from cad_mllm.cli import main
 from cad_mllm.cluster.api import Cluster
 from cad_mllm.cluster.jobs import KINDS
 from cad_mllm.cluster.timeline import Outcome
 from cad_mllm.cluster.watch import JobRef, find_job, follow
+from cad_mllm.commands.cluster import LogsArguments, SmokeArguments, SubmitArguments, WatchArguments
 from cad_mllm.errors import ClusterError
 from cad_mllm.settings import flag_names
 from tests.cluster.conftest import (

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from cad_mllm import cli
+from cad_mllm.commands.cluster import SmokeArguments
 from cad_mllm.settings import flag_names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +50,7 @@ def test_the_smoke_command_parses_and_its_overlay_is_there() -> None:
     ((_, command, *arguments),) = commands_of("cad-mllm")
     assert command in cli.COMMANDS
     flags = [word for word in arguments if word.startswith("--")]
-    assert set(flags) <= set(flag_names(cli.SmokeArguments))
+    assert set(flags) <= set(flag_names(SmokeArguments))
     overlay = ROOT / arguments[arguments.index("--overlay") + 1]
     assert (overlay / "kustomization.yaml").is_file()
 

@@ -251,25 +251,25 @@ def test_the_real_files_become_training_data(tokenizer: TextTokenizer, tmp_path:
 
 @pytest.mark.usefixtures("no_worker_processes")
 def test_the_command_fails_if_it_made_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from cad_mllm import cli
+    from cad_mllm.commands import data
 
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "torn.json").write_text("{")
     words = ["--json_root", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--workers", "1"]
     with pytest.raises(DataError, match="none of the 1 models"):
-        cli.prepare(words)
+        data.prepare(words)
     assert "torn" in capsys.readouterr().out
 
 
 def test_the_command_tells_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from cad_mllm import cli
+    from cad_mllm.commands import data
 
     source = next((Path(__file__).parent / "omnicad" / "json").rglob("*.json"))
     copy = tmp_path / "in" / "0000" / source.name
     copy.parent.mkdir(parents=True)
     copy.write_bytes(source.read_bytes())
     words = ["--json_root", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
-    assert cli.prepare([*words, "--workers", "1", "--views", "1", "--points", "64"]) == 0
+    assert data.prepare([*words, "--workers", "1", "--views", "1", "--points", "64"]) == 0
     shown = capsys.readouterr().out
     assert "made" in shown and "skipped" in shown
     assert (tmp_path / "out" / "img" / "0000" / f"{source.stem}_000.png").is_file()
