@@ -36,12 +36,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from cad_mllm.cad.geometry import Box, arc_center, area, extent_range
-from cad_mllm.cad.mesh import FloatArray, plane_frame
+from cad_mllm.cad.mesh import SELF_CROSSING, SLIVER, FloatArray, plane_frame
 from cad_mllm.cad.program import Arc, Circle, Extrude, Loop, Profile, Vec2
 from cad_mllm.errors import CadError
 
-SLIVER = 1e-2
-"""A region of a self-crossing loop that is smaller than this share of the largest is rounding."""
 FLAT_SWEEP = 1e-5
 """An arc that turns by less is a line: its circle would be too large for the kernel's tolerances."""
 
@@ -211,7 +209,7 @@ def _inside(loop: Loop, frame: _Frame) -> list[TopoDS_Shape]:
     BOPAlgo_Tools.WiresToFaces_s(wires, faces)
     regions = sorted(pieces(faces, FACE), key=_measure, reverse=True) if not faces.IsNull() else []
     if len(regions) > 1 and _measure(regions[1]) > SLIVER * _measure(regions[0]):
-        raise CadError("a sketch loop crosses itself: it divides the plane into several regions")
+        raise CadError(SELF_CROSSING)
     return regions[:1]
 
 

@@ -23,6 +23,12 @@ FloatArray = NDArray[np.float64]
 SEGMENTS_PER_TURN = 128
 """Straight segments that stand for a full circle: the area is short by 4e-4 of itself."""
 
+SLIVER = 1e-2
+"""A region of a self-crossing loop that is smaller than this share of the largest is rounding."""
+SELF_CROSSING = "a sketch loop crosses itself: it divides the plane into several regions"
+_ROUNDED_TO = 1e-8
+"""manifold3d rounds the corners of a polygon to this."""
+
 LARGEST = 1e9
 """Largest coordinate and length, in the program's unit."""
 
@@ -139,18 +145,42 @@ def _path_polygon(path: Path, segments_per_turn: int) -> FloatArray:
 def _cross_section(profiles: tuple[Profile, ...], segments_per_turn: int) -> manifold3d.CrossSection:
     """Union of the profiles, each without its holes, in the sketch plane."""
 
-    def region(loop: Loop) -> manifold3d.CrossSection:
-        return manifold3d.CrossSection([loop_polygon(loop, segments_per_turn)], manifold3d.FillRule.NonZero)
+    def inside(loop: Loop) -> manifold3d.CrossSection:
+        return _inside(loop_polygon(loop, segments_per_turn))
 
     union = manifold3d.OpType.Add
     regions = [
-        region(profile.outer)
-        - manifold3d.CrossSection.batch_boolean([region(hole) for hole in profile.holes], union)
+        inside(profile.outer)
+        - manifold3d.CrossSection.batch_boolean([inside(hole) for hole in profile.holes], union)
         if profile.holes
-        else region(profile.outer)
+        else inside(profile.outer)
         for profile in profiles
     ]
     return manifold3d.CrossSection.batch_boolean(regions, union)
+
+
+def _inside(corners_N2: FloatArray) -> manifold3d.CrossSection:
+    """What a polygon encloses. CadError: it divides itself into regions worth the name.
+
+    One that crosses itself encloses some of its area twice, or one part in the other direction; parts that
+    only touch have outlines of their own.
+    """
+    section = manifold3d.CrossSection([corners_N2], manifold3d.FillRule.NonZero)
+    outlines = [abs(_area(outline)) for outline in section.to_polygons()]
+    *_, second, largest = [0.0, 0.0, *sorted(outlines)]
+    wound_twice = abs(abs(_area(corners_N2)) - section.area())
+    rounded = _ROUNDED_TO * np.linalg.norm(corners_N2 - np.roll(corners_N2, 1, axis=0), axis=1).sum()
+    if max(second, wound_twice) > SLIVER * largest + rounded:
+        raise CadError(SELF_CROSSING)
+    return section
+
+
+def _area(corners_N2: FloatArray) -> float:
+    """Of a polygon, positive if it runs counter-clockwise; parts count as often as they are wound about."""
+    if len(corners_N2) == 0:
+        return 0.0
+    x, y = (corners_N2 - corners_N2[0]).T  # far from the origin the products would drown the area
+    return float(x @ np.roll(y, -1) - y @ np.roll(x, -1)) / 2
 
 
 def _extruded(extrude: Extrude, segments_per_turn: int) -> manifold3d.Manifold:

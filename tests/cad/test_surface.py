@@ -1,5 +1,7 @@
 """Points, normals and views with and without OpenCASCADE: two ways to the same surface."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy.spatial import cKDTree
@@ -7,12 +9,12 @@ from scipy.spatial import cKDTree
 from cad_mllm.cad import solid
 from cad_mllm.cad.mesh import Mesh
 from cad_mllm.cad.normalise import normalise
-from cad_mllm.cad.program import CadProgram
+from cad_mllm.cad.program import Arc, CadProgram, Line, Path
 from cad_mllm.cad.render import render_views
 from cad_mllm.cad.surface import Kernel, Surface, surface_of
 from cad_mllm.cad.synth import Complexity, make_program
 from cad_mllm.errors import CadError
-from tests.cad.shapes import feature, program, square
+from tests.cad.shapes import feature, polygon, program, square
 
 PARTS = [(seed, Complexity.SIMPLE) for seed in range(5)] + [(seed, Complexity.REAL) for seed in (3, 5, 6, 7)]
 
@@ -83,3 +85,33 @@ def off(cloud_NC: np.ndarray, mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
     distance_NK = np.abs(np.einsum("nkc,nkc->nk", to_plane_NKC, normals_NKC))
     cosine_NK = np.einsum("nc,nkc->nk", cloud_NC[:, 3:], normals_NKC)
     return distance_NK.min(axis=1), np.degrees(np.arccos(np.clip(cosine_NK.max(axis=1), -1, 1)))
+
+
+# Each winds around a part of the plane twice, not at all, or the other way; or touches itself.
+DIVIDED = {
+    "a bow tie": polygon((0, 0), (4, 4), (4, 0), (0, 2)),
+    "twice around the middle": polygon((0, 0), (6, 0), (6, 6), (1, 6), (1, 2), (4, 2), (4, 4), (0, 4)),
+    "two squares that touch in a corner": polygon(
+        (0, 0), (2, 0), (2, 2), (4, 2), (4, 4), (2, 4), (2, 2), (0, 2)
+    ),
+    "an arc through the opposite side": Path(
+        (0.0, 0.0), (Line((4.0, 0.0)), Line((4.0, 1.0)), Arc((0.0, 1.0), -math.pi), Line((0.0, 0.0)))
+    ),
+}
+
+
+@pytest.mark.parametrize("kernel", Kernel)
+@pytest.mark.parametrize("name", DIVIDED)
+def test_a_loop_that_divides_itself_is_refused_by_either(name: str, kernel: Kernel) -> None:
+    for profile in (feature(DIVIDED[name]), feature(square(20.0, -10.0, -10.0), holes=[DIVIDED[name]])):
+        with pytest.raises(CadError, match="crosses itself"):
+            surface_of(program(profile), kernel)
+
+
+@pytest.mark.parametrize("kernel", Kernel)
+def test_a_notch_to_the_very_edge_and_a_sliver_are_no_crossing(kernel: Kernel) -> None:
+    notched = polygon((0, 0), (4, 0), (4, 4), (2.01, 4), (2, 0.01), (1.99, 4), (0, 4))
+    sliver = polygon((0, 0), (4, 0), (4, 4), (0, 4), (0, 2), (-0.02, 1.98), (0, 1.99))
+    for loop, area in ((notched, 16 - 0.02 * 3.99 / 2), (sliver, 16)):
+        mesh = surface_of(program(feature(loop)), kernel).mesh()
+        assert mesh.volume == pytest.approx(area, rel=1e-3)
