@@ -1,8 +1,7 @@
 """What ZeRO does between the last gradient and the next micro-batch, without a loop over parameters.
 
-Nothing else runs on the GPU then: on an 8B LM with LoRA, of 504 matrices, each such loop is a gap of
-2 to 5 ms.
-The private attributes of DeepSpeed's optimisers that are read here are the ones of DeepSpeed 0.19.
+Nothing else runs on the GPU then: on an 8B LM with LoRA, of 504 matrices, each such loop is a gap of 2 to
+5 ms. The private attributes of DeepSpeed's optimisers that are read here are the ones of DeepSpeed 0.19.
 """
 
 from collections.abc import Iterable
@@ -36,11 +35,8 @@ def measure_at_once(zero: Any) -> None:
 def update_at_once(zero: Any) -> None:
     """Treat the gradients and the weights of each sub-group of ZeRO-3 as the flat buffers that they lie in.
 
-    And let the stream of the update, not the host, wait for the last reduction.
+    And let the stream of the update, not the host, wait for the last reduction; not where the host updates.
     """
-    stream = zero.reduce_and_partition_stream
-    if isinstance(stream, torch.cuda.Stream) and stream != torch.cuda.default_stream():
-        zero.reduce_and_partition_stream = _ForTheUpdate(zero.device)
     flats, offset = zero.fp16_partitioned_groups_flat, 0
     if any(flat is None for flat in flats):  # on a disk
         return
@@ -52,6 +48,9 @@ def update_at_once(zero: Any) -> None:
     zero._unflatten_partitioned_parameters = lambda sub_group: None
     if zero.offload_optimizer:
         return
+    stream = zero.reduce_and_partition_stream
+    if isinstance(stream, torch.cuda.Stream) and stream != torch.cuda.default_stream():
+        zero.reduce_and_partition_stream = _ForTheUpdate(zero.device)
     gradients: list[Tensor] = []
     for flat in flats:
         gradients.append(zero.grad_partitions_flat_buffer.narrow(0, offset, flat.numel()))
