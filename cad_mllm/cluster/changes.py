@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,15 +24,21 @@ class Change:
 
 
 def changes(
-    cluster: Cluster, resource: Resource, *, labels: str = "", name: str = "", stop: threading.Event
+    cluster: Cluster,
+    resource: Resource,
+    *,
+    labels: str = "",
+    name: str = "",
+    seen: Sequence[Json] = (),
+    stop: threading.Event,
 ) -> Iterator[Change]:
-    """What there is, then what changes, until `stop` is set.
+    """What there is, then what changes, until `stop` is set. What was `seen` is told if it has changed since.
 
     No change is missed or told twice: a broken connection goes on at the last resourceVersion; an expired
     one (410 Gone) lists again and tells the differences. Raises ClusterError when the server refuses, or is
     gone for longer than its retries.
     """
-    known: dict[str, Json] = {}
+    known = {item["metadata"]["uid"]: item for item in seen}
     version: str | None = None
     fruitless = 0
     while not stop.is_set():

@@ -4,7 +4,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -105,9 +105,12 @@ class _Follower:
     def run(self, deadline: float | None) -> Outcome:
         resource = self._cluster.resource(self._job.kind.api_version, self._job.kind.kind)
         # The job first: events are judged by the time of its creation.
-        self._on_job(self._cluster.get(resource, self._job.name))
-        self._start(lambda: self._watch(resource, self._job.name, "", self._on_job_change))
-        self._start(lambda: self._watch(PODS, "", self._job.kind.selector(self._job.name), self._on_pod))
+        job = self._cluster.get(resource, self._job.name)
+        self._on_job(job)
+        # It may be deleted before the watch begins.
+        self._start(lambda: self._watch(resource, self._on_job_change, name=self._job.name, seen=(job,)))
+        selector = self._job.kind.selector(self._job.name)
+        self._start(lambda: self._watch(PODS, self._on_pod, labels=selector))
         self._start(self._watch_events)
         if self._line is not None:
             self._start(self._read_log)
@@ -171,13 +174,22 @@ class _Follower:
 
         threading.Thread(target=run, daemon=True).start()
 
-    def _watch(self, resource: Resource, name: str, labels: str, act: Callable[[str, Json], None]) -> None:
-        for change in changes(self._cluster, resource, labels=labels, name=name, stop=self._stop):
+    def _watch(
+        self,
+        resource: Resource,
+        act: Callable[[str, Json], None],
+        *,
+        labels: str = "",
+        name: str = "",
+        seen: Sequence[Json] = (),
+    ) -> None:
+        of_cluster = changes(self._cluster, resource, labels=labels, name=name, seen=seen, stop=self._stop)
+        for change in of_cluster:
             self._queue.put(lambda change=change: act(change.type, change.object))  # type: ignore[misc]
 
     def _watch_events(self) -> None:
         try:
-            self._watch(EVENTS, "", "", self._on_event)
+            self._watch(EVENTS, self._on_event)
         except ApiError as error:
             if error.status != FORBIDDEN:
                 raise

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 import kmock
 import pytest
@@ -179,3 +180,16 @@ def test_kmock_parses_what_the_client_sends(server: ApiServer, cluster: Cluster)
     with listening(cluster):
         server.store.wait(lambda: watches(server))
     assert server.asked("GET", "watch=true")[0].action == kmock.action.WATCH
+
+
+def test_of_what_was_seen_before_only_what_has_changed_is_told(server: ApiServer, cluster: Cluster) -> None:
+    store, stop = server.store, threading.Event()
+    for name in ("same", "changed", "gone"):
+        store.put(pod_object(name))
+    seen = cluster.list_all(PODS)["items"]
+    store.set_status("Pod", "changed", phase="Succeeded")
+    store.remove("Pod", "gone")
+    store.put(pod_object("new"))
+    told = changes(cluster, PODS, labels=JOB, seen=seen, stop=stop)
+    heard = sorted((change.type, change.object["metadata"]["name"]) for change in islice(told, 3))
+    assert heard == [("ADDED", "new"), ("DELETED", "gone"), ("MODIFIED", "changed")]

@@ -6,11 +6,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cad_mllm.cli import main
-from cad_mllm.cluster.api import Cluster
+from cad_mllm.cluster.api import Cluster, Resource
 from cad_mllm.cluster.jobs import KINDS
 from cad_mllm.cluster.timeline import Outcome
 from cad_mllm.cluster.watch import JobRef, find_job, follow
@@ -197,6 +198,21 @@ def test_a_job_that_is_deleted_meanwhile(server: ApiServer, cluster: Cluster) ->
     server.store.wait(following.heard("is created"))
     server.store.remove("PyTorchJob", NAME)
     assert following.fail() == f"PyTorchJob {NAME} was deleted before it ended: submit it again"
+
+
+def test_a_job_that_is_deleted_before_the_watch_begins(
+    server: ApiServer, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(server.store)
+    list_all = Cluster.list_all
+
+    def too_late(self: Cluster, resource: Resource, **more: Any) -> Any:
+        if resource.kind == "PyTorchJob":
+            server.store.remove("PyTorchJob", NAME)
+        return list_all(self, resource, **more)
+
+    monkeypatch.setattr(Cluster, "list_all", too_late)
+    assert "was deleted before it ended" in Following(cluster).fail()
 
 
 def test_a_server_that_dies_meanwhile(server: ApiServer, cluster: Cluster) -> None:
