@@ -56,9 +56,12 @@ def bench(
         variants: a file of variations of ZeRO peers, see `read_variants`.
 
     Raises:
-        ConfigError: a peer, a number of ranks, a micro-batch or a variant that there cannot be.
+        ConfigError: a peer, a number of ranks, a micro-batch or a variant that there cannot be; a large model
+            without a GPU (its ranks would fill the machine's memory until the kernel kills something).
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and model != "tiny":
+        raise ConfigError(f"--model {model} needs a GPU, and there is none here: use --model tiny")
     counts = list(ranks) or [torch.cuda.device_count() if device == "cuda" else 2]
     varied = {} if variants is None else read_variants(variants)
     chosen = _chosen([*peers, *varied], counts, device, PEERS | varied)

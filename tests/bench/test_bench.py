@@ -237,6 +237,12 @@ def test_a_peer_or_a_number_of_ranks_that_cannot_be_is_refused(
         _chosen(peers, ranks, "cpu")
 
 
+def test_a_large_model_without_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="use --model tiny"):
+        bench_run.bench("C", model="qwen3-8b-random", ranks=[], peers=[], steps=1, minutes=1.0, out=tmp_path)
+
+
 def time_tiny(out: Path, *, peers: list[str], minutes: float) -> dict[str, dict[str, object]]:
     code = bench_run.bench("A", model="tiny", ranks=[], peers=peers, steps=1, minutes=minutes, out=out)
     assert code == ExitCode.DONE
