@@ -71,8 +71,9 @@ def flash_attention_by_sample(
     max_length_q: int,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """As `attention_by_sample`, by flash-attn itself: transformers' own way to it costs a layer as much host
-    time as all its matrix multiplications.
+    """As `attention_by_sample`, by flash-attn itself.
+
+    transformers' own way to it took 20 to 40 ms of the host in a step of 36 layers that are recomputed.
     """
     from flash_attn import flash_attn_varlen_func
 

@@ -114,8 +114,7 @@ def has_liger() -> bool:
 def fuse_norms(lm: PreTrainedModel) -> None:
     """Let the norms of an LM on CUDA compute in one kernel: torch's.
 
-    Measured on an H200, forward and backward: as fast on the device as Liger's for whole tokens, and .2 in
-    place of .6-1 ms on the host.
+    Measured on an H200, forward and backward: .16-.4 ms on the host, Liger's through Triton .6-1.2.
     """
 
     def norm(self: Any, hidden: Tensor) -> Tensor:
