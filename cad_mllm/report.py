@@ -22,7 +22,7 @@ from cad_mllm.errors import DataError
 _STAGE_NAMES = {1: "text", 2: "text + points", 3: "text + points + image"}
 _STAGE_TINTS = {1: "#eef2f7", 2: "#e3ecf5", 3: "#d7e5f3"}
 _TRAIN_COLOUR = "#1f4e79"
-_VALIDATION_COLOURS = ("#c2410c", "#15803d", "#7e22ce", "#b45309", "#0f766e", "#be123c", "#4d7c0f")
+_VALIDATION_COLOURS = ("#c2410c", "#15803d", "#7e22ce", "#111827", "#0f766e", "#be123c", "#4d7c0f")
 
 
 @dataclass(frozen=True, kw_only=True)
