@@ -9,15 +9,18 @@ import ctypes
 import os
 import resource
 import signal
+import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing import parent_process
 from multiprocessing.context import SpawnContext
 from multiprocessing.synchronize import RLock
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -27,7 +30,14 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _QUEUED_PER_WORKER = 4
-"""Items handed out ahead, so that no worker waits for this process; the rest of the iterable stays unread."""
+"""Batches handed out ahead, so that no worker waits for this process; what follows stays unread."""
+_BATCH_SECONDS = 0.1
+"""How long a batch takes at least, if there are items enough for it.
+
+Every message passes two locks that all workers share: with one for each item of milliseconds, the locks would
+set the pace of some dozen workers.
+"""
+_MAX_BATCH = 64
 
 _M_ARENA_MAX = -8
 """mallopt(3)."""
@@ -49,6 +59,9 @@ def run_limited(
     longer than `seconds`, needs more than `memory_mb` megabytes beyond what its worker began with, or brings
     its worker down, yields a CadError in place of a result. Any other exception is a bug and is raised here.
     Leaving the iterator early, by `break`, `close()` or an exception such as Ctrl-C, ends the workers.
+
+    Quick items travel in batches. Where a batch fails, its items are run once more, one by one: `fn` must
+    bear being called again with an item.
     """
     assert workers >= 1 and seconds > 0 and memory_mb > 0, (workers, seconds, memory_mb)
     rest = enumerate(items)
@@ -63,19 +76,60 @@ def run_limited(
         initializer=_limit_worker,
         initargs=(fn, memory_mb),
     )
-    running: dict[Future[_Result | CadError], int] = {}
+    running: dict[Future[_Batch[_Result]], list[tuple[int, _Item]]] = {}
+    again: deque[list[tuple[int, _Item]]] = deque()
+    size = 1
     try:
         while True:
-            for index, item in islice(numbered, workers * _QUEUED_PER_WORKER - len(running)):
-                running[pool.schedule(fn, args=(item,), timeout=seconds)] = index
+            while len(running) < workers * _QUEUED_PER_WORKER:
+                batch = again.popleft() if again else list(islice(numbered, size))
+                if not batch:
+                    break
+                items_of_batch = [item for _, item in batch]
+                running[pool.schedule(_run_batch, args=(fn, items_of_batch), timeout=seconds)] = batch
             if not running:
                 return
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                yield running.pop(future), _outcome(future, seconds, memory_mb)
+                batch = running.pop(future)
+                done = _outcome(future, seconds, memory_mb)
+                if not isinstance(done, CadError):
+                    if left := batch[len(done.outcomes) :]:
+                        again.append(left)
+                    enough = int(_BATCH_SECONDS * len(done.outcomes) / max(done.seconds, 1e-9))
+                    size = max(1, min(2 * size, enough, _MAX_BATCH))
+                    yield from zip((index for index, _ in batch), done.outcomes, strict=False)
+                elif len(batch) == 1:
+                    yield batch[0][0], done
+                else:  # one of them is to blame
+                    size = 1
+                    again.extend([numbered_item] for numbered_item in batch)
     finally:
         pool.stop()
         pool.join()
+
+
+@dataclass(frozen=True)
+class _Batch(Generic[_Result]):
+    """What a worker made of the first items of a batch."""
+
+    outcomes: list[_Result | CadError]
+    seconds: float
+
+
+def _run_batch(fn: Callable[[_Item], _Result], items: list[_Item]) -> _Batch[_Result]:
+    """In a worker. It stops early where items take longer than was thought: each has its own time limit."""
+    started = time.monotonic()
+    outcomes: list[_Result | CadError] = []
+    for item in items:
+        try:
+            outcomes.append(fn(item))
+        except CadError as error:
+            outcomes.append(error)
+        taken = time.monotonic() - started
+        if taken > _BATCH_SECONDS:
+            break
+    return _Batch(outcomes, taken)
 
 
 class _Context(SpawnContext):
@@ -127,11 +181,9 @@ def run_in_order(
                 following += 1
 
 
-def _outcome(future: "Future[_Result | CadError]", seconds: float, memory_mb: int) -> _Result | CadError:
+def _outcome(future: "Future[_Result]", seconds: float, memory_mb: int) -> _Result | CadError:
     try:
         return future.result()
-    except CadError as error:
-        return error
     except TimeoutError:
         return CadError(f"the model took longer than {seconds:g} s")
     except MemoryError:

@@ -124,6 +124,46 @@ def test_a_long_iterable_is_read_only_as_far_as_needed() -> None:
     assert len(read) < 20
 
 
+def misbehave_rarely(item: int) -> int:
+    """Nearly all items are quick and fine, so that they travel in batches."""
+    match item % 500:
+        case 301:
+            time.sleep(60)
+        case 302:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case 303:
+            bytearray(3 * 2**30)
+        case 304:
+            raise CadError("this model is bad")
+    return -item
+
+
+def test_among_quick_items_only_the_bad_ones_are_lost() -> None:
+    results = list(run_limited(misbehave_rarely, range(1000), workers=2, seconds=2, memory_mb=1024))
+    assert sorted(index for index, _ in results) == list(range(1000))
+    errors = {index: str(result) for index, result in results if isinstance(result, CadError)}
+    kinds = (
+        "the model took longer than 2 s",
+        "the worker died on the model (signal 9: SIGKILL)",
+        "the model needs more than 1024 MB",
+        "this model is bad",
+    )
+    assert errors == {500 * k + 301 + n: kind for k in range(2) for n, kind in enumerate(kinds)}
+    assert all(result == -index for index, result in results if index not in errors)
+
+
+def nap(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def test_the_time_limit_is_that_of_an_item_wherever_it_travels() -> None:
+    """Quick ones make large batches, in which the slow ones behind them would take longer than the limit."""
+    items = [0.0] * 400 + [0.5] * 8
+    results = run_limited(nap, items, workers=1, seconds=1.5)
+    assert sorted(results) == list(enumerate(items))
+
+
 def test_no_items_no_results() -> None:
     assert list(run_limited(misbehave, [], workers=2, seconds=1)) == []
 
