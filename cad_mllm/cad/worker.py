@@ -7,6 +7,7 @@ that has threads (torch, OpenMP, a progress bar) can deadlock the child.
 
 import ctypes
 import os
+import pickle
 import resource
 import signal
 import time
@@ -74,7 +75,7 @@ def run_limited(
         max_workers=len(first),  # a worker without an item would be started for nothing
         context=context,
         initializer=_limit_worker,
-        initargs=(fn, memory_mb),
+        initargs=(pickle.dumps(fn), memory_mb),
     )
     running: dict[Future[_Batch[_Result]], list[tuple[int, _Item]]] = {}
     again: deque[list[tuple[int, _Item]]] = deque()
@@ -203,13 +204,15 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _limit_worker(fn: Callable[[_Item], _Result], memory_mb: int) -> None:
-    """Limit what a worker may add to what it has: receiving `fn` has just imported all that `fn` needs."""
+def _limit_worker(pickled_fn: bytes, memory_mb: int) -> None:
+    """Limit what a worker may add to what it has once all that `fn` needs is imported."""
     # Kernel code does not return to Python for minutes: only the default action stops it at once.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _die_with_parent()
     # One heap: each further thread would reserve another 64 MB.
     ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+    with on_one_core():  # the linear algebra below numpy and scipy starts its threads as it is imported
+        pickle.loads(pickled_fn)
     # Writable private memory is what Linux limits reliably. Libraries have theirs already: count from here.
     limit = _memory("VmData") + memory_mb * 2**20
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -222,11 +225,12 @@ def _limit_worker(fn: Callable[[_Item], _Result], memory_mb: int) -> None:
 def on_one_core() -> Iterator[None]:
     """Let libraries that first work in the body believe that the machine has one core.
 
-    TBB (embree, manifold) counts the cores that it may use once, and would start a thread for each of them in
-    every worker, where the workers are what keeps the cores busy.
+    TBB (embree, manifold) and OpenBLAS count the cores that they may use once, and would start a thread for
+    each of them in every worker, where the workers are what keeps the cores busy.
     """
     cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
+    here = ctypes.CDLL(None).sched_getcpu()  # the one that is ours already: not the same for all workers
+    os.sched_setaffinity(0, {here if here in cores else min(cores)})
     try:
         yield
     finally:

@@ -72,16 +72,16 @@ class BuiltRow:
 
 
 @cache
-def _warm_up() -> None:
+def warm_up(kernel: Kernel) -> None:
     """Build a square plate, so that all libraries have met the one core that a worker is for."""
     plate = normalise(codec.decode("NZ0,0,127,254,254E60P0,0H254V254H0"))
     with on_one_core():
-        build_model("warm-up", plate, ModelSettings(points=8, views=1, size=8))
+        build_model("warm-up", plate, ModelSettings(points=8, views=1, size=8), kernel)
 
 
 def build_row(job: RowJob) -> BuiltRow:
     """In a worker process. Raises CadError for a model that cannot be built."""
-    _warm_up()
+    warm_up(Kernel.OPENCASCADE)
     data = loads(job.content)
     normalised = normalise(omnicad.parse(data))
     program = normalised.program

@@ -210,8 +210,9 @@ def _outputs(job: _Job) -> list[Path]:
 
 def _make(job: _Job, source: bytes, normalised: Normalised) -> None:
     # What builds and draws is needed only where models are built: training on ready data does without.
-    from cad_mllm.data.build import build_model
+    from cad_mllm.data.build import build_model, warm_up
 
+    warm_up(job.kernel)
     json_path, points_path, *view_paths = _outputs(job)
     points_NC, images = build_model(job.id, normalised, job.settings, job.kernel)
     for path in (json_path, points_path, *view_paths):

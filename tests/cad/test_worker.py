@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cad_mllm.cad.worker import on_one_core, peak_memory_mb, run_in_order, run_limited
@@ -162,6 +163,18 @@ def test_the_time_limit_is_that_of_an_item_wherever_it_travels() -> None:
     items = [0.0] * 400 + [0.5] * 8
     results = run_limited(nap, items, workers=1, seconds=1.5)
     assert sorted(results) == list(enumerate(items))
+
+
+def threads_of_a_worker(_: int) -> int:
+    assert (np.ones((10_000, 64)) @ np.ones((64, 64))).all()  # work for all threads that there are
+    return len(os.listdir("/proc/self/task"))
+
+
+def test_libraries_start_no_threads_in_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    found = run_limited(threads_of_a_worker, range(2), workers=2, seconds=10)
+    assert sorted(found) == [(0, 1), (1, 1)]
 
 
 def test_no_items_no_results() -> None:
