@@ -53,8 +53,7 @@ class Mesh:
     def face_cross(self) -> FloatArray:
         """(F, 3) outward face normals, as long as twice the face's area."""
         a, b, c = (self.vertices[self.faces[:, i]] for i in range(3))
-        cross: FloatArray = np.cross(b - a, c - a)
-        return cross
+        return cross(b - a, c - a)
 
     @cached_property
     def face_normals(self) -> FloatArray:
@@ -95,11 +94,18 @@ class Mesh:
         return np.concatenate([points_NC, self.face_normals[face_N]], axis=1).astype(np.float32)
 
 
+def cross(a: FloatArray, b: FloatArray) -> FloatArray:
+    """`np.cross` along the last axis, of three: a few times as fast for the small arrays here."""
+    ax, ay, az = a[..., 0], a[..., 1], a[..., 2]
+    bx, by, bz = b[..., 0], b[..., 1], b[..., 2]
+    return np.stack([ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx], axis=-1)
+
+
 def plane_frame(plane: Plane) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
     """Origin and orthonormal x, y, normal, each (3,). Raises CadError if the axes span no frame."""
     origin, x, normal = (np.asarray(v, dtype=np.float64) for v in (plane.origin, plane.x_axis, plane.normal))
-    y = np.cross(normal, x)
-    x = np.cross(y, normal)  # x may be given a little off the plane
+    y = cross(normal, x)
+    x = cross(y, normal)  # x may be given a little off the plane
     lengths = [float(np.linalg.norm(v)) for v in (x, y, normal)]
     if not (np.isfinite(origin).all() and all(math.isfinite(length) and length > 1e-9 for length in lengths)):
         raise CadError(f"a sketch plane needs a finite origin and two independent axes, not {plane}")

@@ -7,19 +7,22 @@ Shape suffixes: F faces (triangles), K corners of a face, R rays, H and W rows a
 C coordinates or colour channels.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 from embreex.mesh_construction import TriangleMesh
+from embreex.rtcore import EmbreeDevice
 from embreex.rtcore_scene import EmbreeScene
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from cad_mllm.cad.mesh import FloatArray, Mesh
+from cad_mllm.cad.mesh import FloatArray, Mesh, cross
 
 VIEW_DIRECTIONS = tuple((azimuth, 30.0) for azimuth in (-55.0, 35.0, 125.0, 215.0)) + tuple(
     (azimuth, -30.0) for azimuth in (-35.0, 55.0, 145.0, 235.0)
@@ -38,8 +41,8 @@ CREASE_DEGREES = 25.0
 DEPTH_STEP = 0.02
 """A jump in depth that is drawn as an edge."""
 
-_BASE_COLOR = np.array([0.75, 0.79, 0.85])
-_EDGE_COLOR = np.array([0.13, 0.15, 0.18])
+_BASE_COLOR = np.array([0.75, 0.79, 0.85], dtype=np.float32)
+_EDGE_COLOR = np.array([0.13, 0.15, 0.18], dtype=np.float32)
 _AMBIENT = 0.27
 # In camera coordinates (right, up, towards the viewer), so that every view is lit alike.
 _LIGHTS = ((np.array([-0.65, 0.60, 0.50]), 0.76), (np.array([0.60, -0.60, 0.50]), 0.14))
@@ -62,50 +65,62 @@ class _Surface:
 
     scene: Any
     vertices: FloatArray
-    patch_F: NDArray[np.int64]
-    normals_FKC: NDArray[np.float32]
+    patch_F: NDArray[np.int32]
+    """With one more place, -1: the patch of face -1, which is none."""
+    normals_FN: NDArray[np.float32]
+    """The nine numbers of the three normals of each triangle."""
 
     @staticmethod
     def of(mesh: Mesh) -> "_Surface":
-        scene = EmbreeScene()
-        TriangleMesh(scene, mesh.vertices[mesh.faces].astype(np.float32))
+        scene = EmbreeScene(_device())
+        TriangleMesh(scene, mesh.vertices.astype(np.float32), mesh.faces.astype(np.int32))
         patch_F = _smooth_patches(mesh)
-        return _Surface(scene, mesh.vertices, patch_F, _corner_normals(mesh, patch_F))
+        normals_FN = _corner_normals(mesh, patch_F)
+        return _Surface(scene, mesh.vertices, np.append(patch_F, np.int32(-1)), normals_FN)
 
 
-def _smooth_patches(mesh: Mesh) -> NDArray[np.int64]:
+@cache
+def _device() -> EmbreeDevice:
+    """What all scenes of this process share."""
+    return EmbreeDevice()
+
+
+def _smooth_patches(mesh: Mesh) -> NDArray[np.int32]:
     """Number the groups of faces that are connected without crossing a sharp edge, (F,)."""
     num_faces = len(mesh.faces)
-    edges = np.sort(mesh.faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)
-    owners = np.repeat(np.arange(num_faces), 3)
-    order = np.lexsort((edges[:, 1], edges[:, 0]))
-    edges, owners = edges[order], owners[order]
-    shared = np.flatnonzero((edges[1:] == edges[:-1]).all(axis=1))
+    starts, ends = mesh.faces.ravel(), mesh.faces[:, [1, 2, 0]].ravel()
+    # One number per edge, whichever way it is run through: sorted ten times as fast as pairs.
+    edges = np.minimum(starts, ends) * len(mesh.vertices) + np.maximum(starts, ends)
+    order = np.argsort(edges, kind="stable")
+    edges, owners = edges[order], order // 3
+    shared = np.flatnonzero(edges[1:] == edges[:-1])
     a, b = owners[shared], owners[shared + 1]
     cosines = np.einsum("fc,fc->f", mesh.face_normals[a], mesh.face_normals[b])
     smooth = cosines > math.cos(math.radians(CREASE_DEGREES))
     graph = coo_array((np.ones(int(smooth.sum())), (a[smooth], b[smooth])), shape=(num_faces, num_faces))
     _, patch_F = connected_components(graph, directed=False)
-    return patch_F.astype(np.int64)
+    return patch_F.astype(np.int32)
 
 
-def _corner_normals(mesh: Mesh, patch_F: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Unit normals (F, K, C) averaged over the faces of the same smooth patch around each vertex.
+def _corner_normals(mesh: Mesh, patch_F: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Unit normals at the corners (F, 3 * 3), averaged over the faces of the same smooth patch around each.
 
     Weighted by area and by the angle at the corner: a large flat face keeps its normal beside a small fillet.
     """
     corners_FKC = mesh.vertices[mesh.faces]
-    to_next = np.roll(corners_FKC, -1, axis=1) - corners_FKC
-    to_last = np.roll(corners_FKC, 1, axis=1) - corners_FKC
+    to_next = corners_FKC[:, [1, 2, 0]] - corners_FKC
+    to_last = -to_next[:, [2, 0, 1]]
     cosines = np.einsum("fkc,fkc->fk", to_next, to_last)
-    sines = np.linalg.norm(np.cross(to_next, to_last), axis=2)
-    weighted_FKC = np.arctan2(sines, cosines)[:, :, None] * mesh.face_cross[:, None, :]
-    key = patch_F[:, None] * len(mesh.vertices) + mesh.faces
+    sines = np.linalg.norm(cross(to_next, to_last), axis=2)
+    weights_FK = np.arctan2(sines, cosines)
+    key = patch_F[:, None].astype(np.int64) * len(mesh.vertices) + mesh.faces
     _, place = np.unique(key.ravel(), return_inverse=True)
-    sums = np.stack([np.bincount(place, weighted_FKC[:, :, c].ravel()) for c in range(3)], axis=1)
+    sums = np.stack(
+        [np.bincount(place, (weights_FK * mesh.face_cross[:, c, None]).ravel()) for c in range(3)], axis=1
+    )
     lengths = np.linalg.norm(sums, axis=1, keepdims=True)
-    unit = sums / np.where(lengths > 0, lengths, 1.0)
-    return unit[place].reshape(len(mesh.faces), 3, 3).astype(np.float32)
+    unit = (sums / np.where(lengths > 0, lengths, 1.0)).astype(np.float32)
+    return unit[place].reshape(len(mesh.faces), 9)
 
 
 def _camera(azimuth: float, elevation: float) -> FloatArray:
@@ -124,27 +139,37 @@ def _render(surface: _Surface, camera: FloatArray, size: int) -> NDArray[np.uint
         return image
     steps = ((np.arange(size * SUPERSAMPLING) + 0.5) / (size * SUPERSAMPLING) * 2 - 1) * HALF_WIDTH
     steps_HS = steps.reshape(size, SUPERSAMPLING)
-    right_HW, up_HW = np.meshgrid(steps_HS[columns].ravel(), -steps_HS[rows].ravel())
-    offsets_RC = np.stack(
-        [right_HW.ravel(), up_HW.ravel(), np.full(height * width, _CAMERA_DISTANCE)], axis=1
-    )
-    origins_RC = (offsets_RC @ camera).astype(np.float32)
-    directions_RC = np.broadcast_to((-camera[2]).astype(np.float32), origins_RC.shape)
-    hit = surface.scene.run(origins_RC, np.ascontiguousarray(directions_RC), output=True)
+    along_WC = steps_HS[columns].reshape(-1, 1) * camera[0]
+    down_HC = -steps_HS[rows].reshape(-1, 1) * camera[1] + _CAMERA_DISTANCE * camera[2]
+    origins_HWC = np.empty((height, width, 3), dtype=np.float32)
+    for axis in range(3):
+        np.add(along_WC[:, axis], down_HC[:, axis, None], out=origins_HWC[:, :, axis], casting="same_kind")
+    direction_1C = (-camera[2:]).astype(np.float32)  # one for all rays
+    hit = surface.scene.run(origins_HWC.reshape(-1, 3), direction_1C, output=True)
 
     face_R = hit["primID"]
-    (seen,) = np.nonzero(face_R >= 0)
-    colors_RC = np.ones((height * width, 3), dtype=np.float32)
-    colors_RC[seen] = _shade(surface, camera, face_R[seen], hit["u"][seen], hit["v"][seen])
-    patch_R = np.full(height * width, -1)
-    patch_R[seen] = surface.patch_F[face_R[seen]]
+    seen = np.flatnonzero(face_R >= 0)
+    light_R = np.full(height * width, np.inf, dtype=np.float32)  # the background is white
+    light_R[seen] = _light(surface, camera, face_R[seen], hit["u"][seen], hit["v"][seen])
     depth_HW = np.minimum(hit["tfar"], 2 * _CAMERA_DISTANCE).reshape(height, width)
-    edge_HW = _edges(patch_R.reshape(height, width), depth_HW)
-    colors_HWC = colors_RC.reshape(height, width, 3)
-    colors_HWC[edge_HW] = _EDGE_COLOR
-    blocks = colors_HWC.reshape(-1, SUPERSAMPLING, width // SUPERSAMPLING, SUPERSAMPLING, 3)
-    image[rows, columns] = np.rint(blocks.mean(axis=(1, 3)) * 255)
+    edge_HW = _edges(surface.patch_F[face_R].reshape(height, width), depth_HW)
+    light_HW = light_R.reshape(height, width)
+    for channel in range(3):
+        shade_HW = np.minimum(light_HW * _BASE_COLOR[channel], np.float32(1))
+        np.copyto(shade_HW, _EDGE_COLOR[channel], where=edge_HW)
+        image[rows, columns, channel] = np.rint(_averaged(shade_HW) * np.float32(255))
     return image
+
+
+def _averaged(fine_HW: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The mean of each block of SUPERSAMPLING x SUPERSAMPLING rays."""
+    # By whole arrays: numpy's own reduction over two axes of three elements each takes four times as long.
+    height, width = fine_HW.shape
+    sum_HW = np.zeros((height // SUPERSAMPLING, width // SUPERSAMPLING), dtype=np.float32)
+    for row, column in itertools.product(range(SUPERSAMPLING), repeat=2):
+        sum_HW += fine_HW[row::SUPERSAMPLING, column::SUPERSAMPLING]
+    sum_HW /= SUPERSAMPLING**2
+    return sum_HW
 
 
 def _covered(surface: _Surface, camera: FloatArray, size: int) -> tuple[slice, slice]:
@@ -159,27 +184,40 @@ def _covered(surface: _Surface, camera: FloatArray, size: int) -> tuple[slice, s
     return span(-surface.vertices @ camera[1]), span(surface.vertices @ camera[0])
 
 
-def _shade(
+def _light(
     surface: _Surface,
     camera: FloatArray,
     face_R: NDArray[np.int32],
     u_R: NDArray[np.float32],
     v_R: NDArray[np.float32],
 ) -> NDArray[np.float32]:
-    """Colour (R, C) of the hits, from the normals interpolated between the corners of their triangles."""
-    weights_RK = np.stack([1 - u_R - v_R, u_R, v_R], axis=1)
-    normals_RC = np.einsum("rk,rkc->rc", weights_RK, surface.normals_FKC[face_R])
-    normals_RC /= np.maximum(np.linalg.norm(normals_RC, axis=1, keepdims=True), 1e-9)
+    """Light (R,) on the hits, from the normals interpolated between the corners of their triangles."""
+    corners_NR = surface.normals_FN.take(face_R, axis=0).T
+    # Number by number, not ray by ray: arithmetic on rows of three takes numpy several times as long.
+    weights_KR = (1 - u_R - v_R, u_R, v_R)
+    components = [_weighted(corners_NR[axis::3], weights_KR) for axis in range(3)]
+    x_R, y_R, z_R = components
+    lengths_R = np.maximum(np.sqrt(x_R * x_R + y_R * y_R + z_R * z_R), np.float32(1e-9))
+    normals_RC = np.empty((len(face_R), 3), dtype=np.float32)
+    for axis, component_R in enumerate(components):
+        np.divide(component_R, lengths_R, out=normals_RC[:, axis])
     light_R = np.full(len(face_R), _AMBIENT, dtype=np.float32)
     for direction, strength in _LIGHTS:
         world = (direction / np.linalg.norm(direction)) @ camera
         # Wrapped around the shape and squared: no kink where a round face turns away from the light.
         light_R += strength * ((1 + normals_RC @ world.astype(np.float32)) / 2) ** 2
-    shaded: NDArray[np.float32] = np.clip(light_R[:, None] * _BASE_COLOR.astype(np.float32), 0, 1)
-    return shaded
+    return light_R
 
 
-def _edges(patch_HW: NDArray[np.int64], depth_HW: NDArray[np.float32]) -> NDArray[np.bool_]:
+def _weighted(values: NDArray[np.float32], weights: tuple[NDArray[np.float32], ...]) -> NDArray[np.float32]:
+    """The sum of values times weights."""
+    total: NDArray[np.float32] = values[0] * weights[0]
+    for value, weight in zip(values[1:], weights[1:], strict=True):
+        total += value * weight
+    return total
+
+
+def _edges(patch_HW: NDArray[np.int32], depth_HW: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Rays on a line: beside another smooth patch or the background, or where the depth bends by a step."""
     edge_HW = np.zeros(patch_HW.shape, dtype=bool)
     for patch, depth, edge in ((patch_HW, depth_HW, edge_HW), (patch_HW.T, depth_HW.T, edge_HW.T)):
