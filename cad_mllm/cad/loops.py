@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import manifold3d
 import numpy as np
@@ -87,15 +88,17 @@ class _LooseEnds:
     def __init__(self, curves: Sequence[OpenCurve]) -> None:
         self._curves = curves
         self._ends_K2C = np.array([(curve.start, curve.end) for curve in curves], dtype=np.float64)
-        ends_PC = self._ends_K2C.reshape(-1, 2)
-        self.size = float(np.ptp(ends_PC, axis=0).max())
-        self._tree = cKDTree(ends_PC)
+        self.size = float(np.ptp(self._ends_K2C, axis=(0, 1)).max())
         lengths_K = np.linalg.norm(self._ends_K2C[:, 0] - self._ends_K2C[:, 1], axis=1)
         self._used_K = lengths_K <= POINT_TOLERANCE * self.size
         self._at: dict[Vec2, list[tuple[int, int]]] = {}
         for index, curve in enumerate(curves):
             self._at.setdefault(curve.start, []).append((index, 0))
             self._at.setdefault(curve.end, []).append((index, 1))
+
+    @cached_property
+    def _tree(self) -> cKDTree:
+        return cKDTree(self._ends_K2C.reshape(-1, 2))
 
     def first(self) -> OpenCurve | None:
         """Take the first curve that is left."""
@@ -177,15 +180,13 @@ def nest(loops: Sequence[Loop]) -> list[Profile]:
     loops that cross.
     """
     loops = list({_outline(loop): loop for loop in reversed(loops)}.values())[::-1]
-    if not loops:
-        return []
+    if len(loops) < 2:  # most: nothing to compare it with
+        return [Profile(loop) for loop in loops]
     order = sorted(range(len(loops)), key=lambda i: -abs(area(loops[i])))
     ranked = [loops[i] for i in order]
-    box_L4 = np.array([(*reach(loop, (1.0, 0.0)), *reach(loop, (0.0, 1.0))) for loop in ranked]).reshape(
-        -1, 4
-    )
-    probes_LPC = np.stack([_probes(loop) for loop in ranked]) if ranked else np.zeros((0, _PROBES, 2))
-    slack = 1e-6 * float(np.ptp(box_L4[:, :2]) + np.ptp(box_L4[:, 2:])) if ranked else 0.0
+    box_L4 = np.array([(*reach(loop, (1.0, 0.0)), *reach(loop, (0.0, 1.0))) for loop in ranked])
+    probes_LPC = np.stack([_probes(loop) for loop in ranked])
+    slack = 1e-6 * float(np.ptp(box_L4[:, :2]) + np.ptp(box_L4[:, 2:]))
     depths, parents = [0] * len(ranked), [-1] * len(ranked)
     for i, loop in enumerate(ranked):
         low, high = box_L4[i, ::2] - slack, box_L4[i, 1::2] + slack
@@ -202,8 +203,7 @@ def nest(loops: Sequence[Loop]) -> list[Profile]:
         if depths[i] % 2:
             holes[parents[i]].append(i)
     profiles = [Profile(ranked[i], tuple(ranked[j] for j in holes[i])) for i in outers]
-    if len(loops) > 1:
-        _require_nested(profiles)
+    _require_nested(profiles)
     return profiles
 
 
