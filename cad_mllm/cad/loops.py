@@ -8,15 +8,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import manifold3d
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 
 from cad_mllm.cad.geometry import arc_center, arc_middle, area, reach
 from cad_mllm.cad.program import Arc, Circle, Line, Loop, Path, Profile, Vec2
 from cad_mllm.errors import CadError
+
+if TYPE_CHECKING:
+    from scipy.spatial import cKDTree
 
 FloatArray = NDArray[np.float64]
 
@@ -97,7 +100,9 @@ class _LooseEnds:
             self._at.setdefault(curve.end, []).append((index, 1))
 
     @cached_property
-    def _tree(self) -> cKDTree:
+    def _tree(self) -> "cKDTree":
+        from scipy.spatial import cKDTree  # takes longer to import than all that a worker needs besides
+
         return cKDTree(self._ends_K2C.reshape(-1, 2))
 
     def first(self) -> OpenCurve | None:
