@@ -175,10 +175,14 @@ def _inside(corners_N2: FloatArray) -> manifold3d.CrossSection:
     outlines = [abs(_area(outline)) for outline in section.to_polygons()]
     *_, second, largest = [0.0, 0.0, *sorted(outlines)]
     wound_twice = abs(abs(_area(corners_N2)) - section.area())
-    rounded = _ROUNDED_TO * np.linalg.norm(corners_N2 - np.roll(corners_N2, 1, axis=0), axis=1).sum()
-    if max(second, wound_twice) > SLIVER * largest + rounded:
+    doubtful = max(second, wound_twice) - SLIVER * largest
+    if doubtful > 0 and doubtful > _ROUNDED_TO * _perimeter(corners_N2):
         raise CadError(SELF_CROSSING)
     return section
+
+
+def _perimeter(corners_N2: FloatArray) -> float:
+    return float(np.linalg.norm(corners_N2 - np.roll(corners_N2, 1, axis=0), axis=1).sum())
 
 
 def _area(corners_N2: FloatArray) -> float:

@@ -73,6 +73,8 @@ class _Job:
     kernel: Kernel
     captioned: bool
     """Whether a template caption is wanted."""
+    in_place: bool
+    """Whether the JSON is in the data set already."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,10 @@ def prepare(
     ids = _model_ids(json_root)
     captions = None if txt_root is None else _read_caption_files(txt_root)
     _claim(out, settings)
-    jobs = [_Job(sample_id, json_root, out, settings, kernel, captions is None) for sample_id in ids]
+    in_place = _same_folder(json_root, out / JSON_FOLDER)
+    jobs = [
+        _Job(sample_id, json_root, out, settings, kernel, captions is None, in_place) for sample_id in ids
+    ]
     done: dict[str, _Done] = {}
     failed: list[Failed] = []
     with SlowProgress("Preparing models", len(jobs)) as progress:
@@ -188,9 +193,11 @@ def _prepare_one(job: _Job) -> _Done | Failed:
         source = job.json_root / f"{job.id}.json"
         normalised = normalise(omnicad.read(source))
         json_path, *_ = outputs = _outputs(job)
-        complete = all(path.is_file() for path in outputs) and json_path.read_bytes() == source.read_bytes()
+        complete = all(path.is_file() for path in outputs) and (
+            job.in_place or json_path.read_bytes() == source.read_bytes()
+        )
         if not complete:
-            _make(job, source.read_bytes(), normalised)
+            _make(job, source, normalised)
         caption = None
         if job.captioned:
             caption = template_caption(normalised.program, load_points(_points_path(job)))
@@ -208,7 +215,7 @@ def _outputs(job: _Job) -> list[Path]:
     return [job.out / JSON_FOLDER / f"{job.id}.json", _points_path(job), *views]
 
 
-def _make(job: _Job, source: bytes, normalised: Normalised) -> None:
+def _make(job: _Job, source: Path, normalised: Normalised) -> None:
     # What builds and draws is needed only where models are built: training on ready data does without.
     from cad_mllm.data.build import build_model, warm_up
 
@@ -227,9 +234,9 @@ def _make(job: _Job, source: bytes, normalised: Normalised) -> None:
     for path, image in zip(view_paths, images, strict=True):
         with atomic_path(path) as temporary:
             image.save(temporary)
-    if job.json_root.resolve() != (job.out / JSON_FOLDER).resolve():
+    if not job.in_place:
         with atomic_path(json_path) as temporary:
-            temporary.write_bytes(source)
+            temporary.write_bytes(source.read_bytes())
 
 
 CaptionFiles = dict[str, list[dict[str, Any]]]
