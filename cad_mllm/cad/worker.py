@@ -9,10 +9,11 @@ import ctypes
 import os
 import resource
 import signal
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing, contextmanager
-from itertools import chain, islice
+from itertools import islice
 from multiprocessing import parent_process
 from multiprocessing.context import SpawnContext
 from multiprocessing.synchronize import RLock
@@ -27,7 +28,8 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 _QUEUED_PER_WORKER = 4
-"""Items handed out ahead, so that no worker waits for this process; the rest of the iterable stays unread."""
+"""Batches handed out ahead, so that no worker waits for this process; the rest of the iterable stays unread.
+"""
 
 _M_ARENA_MAX = -8
 """mallopt(3)."""
@@ -42,6 +44,7 @@ def run_limited(
     workers: int,
     seconds: float,
     memory_mb: int = 4096,
+    batch: int = 1,
 ) -> Generator[tuple[int, _Result | CadError], None, None]:
     """Yield (index of the item, `fn(item)`) as results come in, in any order.
 
@@ -49,33 +52,61 @@ def run_limited(
     longer than `seconds`, needs more than `memory_mb` megabytes beyond what its worker began with, or brings
     its worker down, yields a CadError in place of a result. Any other exception is a bug and is raised here.
     Leaving the iterator early, by `break`, `close()` or an exception such as Ctrl-C, ends the workers.
+
+    Handing an item over and its result back takes about a millisecond: items that take little longer should
+    go `batch` at a time. A batch that breaks a limit (all of it has `seconds` too) is run again item by item,
+    so the limits stay those of an item. `fn` must then be harmless to repeat.
     """
-    assert workers >= 1 and seconds > 0 and memory_mb > 0, (workers, seconds, memory_mb)
+    assert workers >= 1 and seconds > 0 and memory_mb > 0 and batch >= 1, (workers, seconds, memory_mb, batch)
     rest = enumerate(items)
-    first = list(islice(rest, workers))
-    if not first:
+    waiting: deque[list[tuple[int, _Item]]] = deque()
+    while len(waiting) < workers and (some := list(islice(rest, batch))):
+        waiting.append(some)
+    if not waiting:
         return
-    numbered = chain(first, rest)
     context = _Context()  # until all workers have ended
     pool = ProcessPool(
-        max_workers=len(first),  # a worker without an item would be started for nothing
+        max_workers=len(waiting),  # a worker without an item would be started for nothing
         context=context,
         initializer=_limit_worker,
         initargs=(fn, memory_mb),
     )
-    running: dict[Future[_Result | CadError], int] = {}
+    running: dict[Future[list[_Result | CadError]], list[tuple[int, _Item]]] = {}
     try:
         while True:
-            for index, item in islice(numbered, workers * _QUEUED_PER_WORKER - len(running)):
-                running[pool.schedule(fn, args=(item,), timeout=seconds)] = index
+            while len(running) < workers * _QUEUED_PER_WORKER:
+                some = waiting.popleft() if waiting else list(islice(rest, batch))
+                if not some:
+                    break
+                args = (fn, [item for _, item in some])
+                running[pool.schedule(_run_each, args=args, timeout=seconds)] = some
             if not running:
                 return
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
-                yield running.pop(future), _outcome(future, seconds, memory_mb)
+                some = running.pop(future)
+                outcome = _outcome(future, seconds, memory_mb)
+                if not isinstance(outcome, CadError):
+                    yield from zip((index for index, _ in some), outcome, strict=True)
+                elif len(some) == 1:
+                    yield some[0][0], outcome
+                else:
+                    waiting.extend([one] for one in some)
     finally:
         pool.stop()
         pool.join()
+
+
+def _run_each(fn: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result | CadError]:
+    """In a worker: what becomes of each item."""
+
+    def run(item: _Item) -> _Result | CadError:
+        try:
+            return fn(item)
+        except CadError as error:
+            return error
+
+    return [run(item) for item in items]
 
 
 class _Context(SpawnContext):
@@ -127,11 +158,12 @@ def run_in_order(
                 following += 1
 
 
-def _outcome(future: "Future[_Result | CadError]", seconds: float, memory_mb: int) -> _Result | CadError:
+def _outcome(
+    future: "Future[list[_Result | CadError]]", seconds: float, memory_mb: int
+) -> list[_Result | CadError] | CadError:
+    """What a batch came to, or which limit it broke."""
     try:
         return future.result()
-    except CadError as error:
-        return error
     except TimeoutError:
         return CadError(f"the model took longer than {seconds:g} s")
     except MemoryError:

@@ -15,6 +15,8 @@ from cad_mllm.errors import CadError
 
 _SAMPLES_PER_WORKER = 64
 """Fewer than this per worker are not worth the start of a process."""
+_BATCH = 32
+"""Samples that a worker gets at once: so many take long enough that handing them over does not count."""
 _SECONDS_PER_SAMPLE = 60.0
 
 
@@ -171,7 +173,8 @@ def check_all(
         return
     early: dict[int, Checked | Skipped] = {}
     expected = 0
-    for number, outcome in run_limited(job, candidates, workers=processes, seconds=_SECONDS_PER_SAMPLE):
+    outcomes = run_limited(job, candidates, workers=processes, seconds=_SECONDS_PER_SAMPLE, batch=_BATCH)
+    for number, outcome in outcomes:
         if isinstance(outcome, CadError):
             sample_id = candidates[number].id
             outcome = Skipped(sample_id, str(source.json_file(sample_id)), f"check failed: {outcome}")

@@ -50,6 +50,28 @@ def test_each_item_has_its_own_limits_and_the_others_are_fine() -> None:
     }
 
 
+@pytest.mark.parametrize("batch", [4, 100])
+def test_limits_hold_per_item_when_they_come_in_batches(batch: int) -> None:
+    items = ["a", "sleep", "b", "kill", "c", "allocate", "refuse", "exit", *"defghijklm"]
+    outcomes = list(run_limited(misbehave, items, workers=2, seconds=2, memory_mb=1024, batch=batch))
+    results = dict(outcomes)
+    assert sorted(index for index, _ in outcomes) == list(range(len(items)))
+    assert {items[i]: str(r) for i, r in results.items() if isinstance(r, CadError)} == {
+        "sleep": "the model took longer than 2 s",
+        "kill": "the worker died on the model (signal 9: SIGKILL)",
+        "allocate": "the model needs more than 1024 MB",
+        "exit": "the worker died on the model (exit code 3)",
+        "refuse": "this model is bad",
+    }
+    assert {results[i] for i, item in enumerate(items) if len(item) == 1} == set("ABCDEFGHIJKLM")
+
+
+def test_a_bug_in_a_batch_is_raised() -> None:
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        list(run_limited(misbehave, ["a", "refuse", "bug", "b"], workers=1, seconds=10, batch=4))
+    assert not multiprocessing.active_children()
+
+
 def test_a_bug_is_raised_not_set_aside() -> None:
     with pytest.raises(ZeroDivisionError, match="a bug"):
         list(run_limited(misbehave, ["a", "bug"], workers=1, seconds=10))
