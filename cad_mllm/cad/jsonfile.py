@@ -82,6 +82,9 @@ def _get(data: Mapping[str, object], key: str, where: str) -> object:
 
 def mapping(data: Mapping[str, object], key: str, where: str) -> Mapping[str, object]:
     """The JSON object at `key`."""
+    found = data.get(key)
+    if isinstance(found, dict):
+        return found
     return as_mapping(_get(data, key, where), f"{shown(key)} of {where}")
 
 

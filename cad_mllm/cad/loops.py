@@ -184,11 +184,11 @@ def nest(loops: Sequence[Loop]) -> list[Profile]:
     Loops may touch: whether a loop lies in another is put to the vote of points along it. Raises CadError for
     loops that cross.
     """
+    if len(loops) == 1:
+        return [Profile(loops[0])]
     loops = list({_outline(loop): loop for loop in reversed(loops)}.values())[::-1]
     if not loops:
         return []
-    if len(loops) == 1:
-        return [Profile(loops[0])]
     order = sorted(range(len(loops)), key=lambda i: -abs(area(loops[i])))
     ranked = [loops[i] for i in order]
     box_L4 = np.array([(*reach(loop, (1.0, 0.0)), *reach(loop, (0.0, 1.0))) for loop in ranked]).reshape(

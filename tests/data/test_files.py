@@ -68,9 +68,7 @@ def test_the_short_way_never_takes_what_numpy_refuses_or_reads_otherwise(
         if files._plain_points(path) is not None:
             taken += 1
             assert outcome(files._plain_points, path) == outcome(files._raw_points, path), place
-    assert (
-        0 < taken < len(whole)
-    )  # bytes that nobody reads: times, attributes, padding
+    assert 0 < taken < len(whole)  # bytes that nobody reads: times, attributes, padding
 
 
 @pytest.mark.parametrize("kept", [0, 3, 10, 100, 300, -22, -1])
