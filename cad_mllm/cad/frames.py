@@ -4,7 +4,9 @@ A plane and its quarter turns and flips carry the same solids: of these eight fr
 """
 
 import math
+import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 
 from cad_mllm.cad.geometry import cross, dot, unit
@@ -64,9 +66,20 @@ def oblique_frame(angles: Angles, turn: int) -> Frame:
     return Frame("", angles, unit((x_axis[0], x_axis[1], x_axis[2])), unit((st * cp, st * sp, ct)))
 
 
+_DIRECTIONS = struct.Struct("6d")
+
+
 def fit_frame(plane: Plane, turn: int) -> FrameFit:
     """The nearest frame on the grid of angles, of the eight that carry the plane's solids."""
-    rounded = oblique_frame(_angles(plane.x_axis, plane.normal, turn), turn)
+    # As bytes, since as numbers 0.0 and -0.0 would be one key.
+    return _fit_frame(_DIRECTIONS.pack(*plane.x_axis, *plane.normal), turn)
+
+
+@lru_cache(maxsize=1024)  # most planes of most files are those of the axes
+def _fit_frame(directions: bytes, turn: int) -> FrameFit:
+    x0, x1, x2, n0, n1, n2 = _DIRECTIONS.unpack(directions)
+    given_x, given_normal = (x0, x1, x2), (n0, n1, n2)
+    rounded = oblique_frame(_angles(given_x, given_normal, turn), turn)
     best: FrameFit | None = None
     for quarter, over in product(((1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0)), (False, True)):
         x_axis, normal = _turned(rounded.x_axis, rounded.normal, quarter, over)
@@ -76,7 +89,7 @@ def fit_frame(plane: Plane, turn: int) -> FrameFit:
         if best is None or (not frame.name, frame.angles) < (not best.frame.name, best.frame.angles):
             (a, b), sign = quarter, -1.0 if over else 1.0
             rows = ((a, b), (-sign * b, sign * a))
-            best = FrameFit(frame, rows, over, *_turned(plane.x_axis, plane.normal, quarter, over))
+            best = FrameFit(frame, rows, over, *_turned(given_x, given_normal, quarter, over))
     assert best is not None
     return best
 

@@ -5,8 +5,8 @@ in which it is rounded.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cad_mllm.cad.geometry import arc_middle
 from cad_mllm.cad.program import Arc, Circle, Line, Loop, Path, Vec2
@@ -29,8 +29,10 @@ class Grid:
     def cell(self, point: Vec2) -> Cell:
         """The nearest level of a point of the exact sketch."""
         u0, v0, u1, v1 = self.box
-        return _level(point[0], u0, u1, self.size[0], self.top), _level(
-            point[1], v0, v1, self.size[1], self.top
+        width, height = self.size
+        return (
+            round((point[0] - u0) / (u1 - u0) * self.top) if width > 0 and u1 > u0 else 0,
+            round((point[1] - v0) / (v1 - v0) * self.top) if height > 0 and v1 > v0 else 0,
         )
 
     def point(self, cell: Cell) -> Vec2:
@@ -46,17 +48,11 @@ class Grid:
         return max(1, round(radius / self.radius_step))
 
 
-def _level(value: float, low: float, high: float, size: float, top: int) -> int:
-    return round((value - low) / (high - low) * top) if size > 0 and high > low else 0
-
-
-def control_points(loop: Loop) -> Iterator[Vec2]:
+def control_points(loop: Loop) -> list[Vec2]:
     """The points that the frame holds: the corners of a path, the centre of a circle."""
     if isinstance(loop, Circle):
-        yield loop.center
-    else:
-        yield loop.start
-        yield from (segment.end for segment in loop.segments)
+        return [loop.center]
+    return [loop.start, *[segment.end for segment in loop.segments]]
 
 
 def control_box(loops: list[Loop]) -> Box2:
@@ -81,8 +77,7 @@ def halve_long_arcs(loop: Loop) -> Loop:
     return Path(loop.start, tuple(segments))
 
 
-@dataclass(frozen=True)
-class _Corner:
+class _Corner(NamedTuple):
     """A corner of a path, exact and rounded, and the segment that leaves it."""
 
     exact: Vec2
@@ -97,10 +92,11 @@ def simplify(path: Path, grid: Grid) -> Path | None:
     Out go segments without length, and corners at which a line goes straight on or straight back.
     """
     corners = _corners(path, grid)
+    given = len(corners)
     i, kept = 0, 0
     while kept < len(corners):  # the `kept` corners before i stay as long as their neighbours do
-        before, here, after = (corners[(i + k) % len(corners)] for k in (-1, 0, 1))
-        straight = here.steps == 0 and before.steps == 0 and _turn(before.cell, here.cell, after.cell) == 0
+        before, here, after = corners[i - 1], corners[i], corners[(i + 1) % len(corners)]
+        straight = here.steps == before.steps == 0 and _turn(before.cell, here.cell, after.cell) == 0
         if here.cell == after.cell or straight:
             kept = max(0, kept - 1) if kept + 1 < len(corners) else 0
             del corners[i]
@@ -109,6 +105,8 @@ def simplify(path: Path, grid: Grid) -> Path | None:
             i, kept = (i + 1) % len(corners), kept + 1
     if len(corners) < 2:
         return None
+    if len(corners) == given:  # nearly always
+        return path
     ends = [corner.exact for corner in corners[1:]] + [corners[0].exact]
     return Path(
         corners[0].exact,
@@ -118,10 +116,12 @@ def simplify(path: Path, grid: Grid) -> Path | None:
 
 def _corners(path: Path, grid: Grid) -> list[_Corner]:
     corners = []
-    here = path.start
+    cell, here = grid.cell, path.start
     for segment in path.segments:
-        sweep = segment.sweep if isinstance(segment, Arc) else 0.0
-        corners.append(_Corner(here, grid.cell(here), sweep, grid.sweep_steps(sweep)))
+        if isinstance(segment, Arc):
+            corners.append(_Corner(here, cell(here), segment.sweep, grid.sweep_steps(segment.sweep)))
+        else:
+            corners.append(_Corner(here, cell(here), 0.0, 0))
         here = segment.end
     return corners
 
@@ -156,7 +156,7 @@ class GridPath:
 def rounded(path: Path, grid: Grid) -> GridPath:
     """A simplified path on the grid."""
     corners = _corners(path, grid)
-    return GridPath(tuple(c.cell for c in corners), tuple(c.steps for c in corners))
+    return GridPath(tuple([c.cell for c in corners]), tuple([c.steps for c in corners]))
 
 
 def to_path(path: GridPath, grid: Grid) -> Path:

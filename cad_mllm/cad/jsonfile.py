@@ -82,6 +82,9 @@ def _get(data: Mapping[str, object], key: str, where: str) -> object:
 
 def mapping(data: Mapping[str, object], key: str, where: str) -> Mapping[str, object]:
     """The JSON object at `key`."""
+    found = data.get(key)
+    if isinstance(found, dict):
+        return found
     return as_mapping(_get(data, key, where), f"{shown(key)} of {where}")
 
 
@@ -121,6 +124,15 @@ def number(data: Mapping[str, object], key: str, where: str) -> float:
 
 def vector(data: Mapping[str, object], key: str, where: str) -> Vec3:
     """x, y and z of the object at `key`."""
+    value = data.get(key)
+    if isinstance(value, dict):  # whoever reads many vectors pays for their names only where one is wrong
+        x, y, z = value.get("x"), value.get("y"), value.get("z")
+        if (
+            (type(x) is float and type(y) is float and type(z) is float)
+            and max(x, y, z) <= MAX_NUMBER
+            and min(x, y, z) >= -MAX_NUMBER
+        ):
+            return x, y, z
     value = mapping(data, key, where)
     where = f"{shown(key)} of {where}"
     return number(value, "x", where), number(value, "y", where), number(value, "z", where)

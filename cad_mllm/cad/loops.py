@@ -90,10 +90,12 @@ class _LooseEnds:
 
     def __init__(self, curves: Sequence[OpenCurve]) -> None:
         self._curves = curves
-        self._ends_K2C = np.array([(curve.start, curve.end) for curve in curves], dtype=np.float64)
-        self.size = float(np.ptp(self._ends_K2C, axis=(0, 1)).max())
-        lengths_K = np.linalg.norm(self._ends_K2C[:, 0] - self._ends_K2C[:, 1], axis=1)
-        self._used_K = lengths_K <= POINT_TOLERANCE * self.size
+        ends = [point for curve in curves for point in (curve.start, curve.end)]
+        us, vs = zip(*ends, strict=True)
+        self.size = max(max(us) - min(us), max(vs) - min(vs))
+        # Without numpy: a loop has a handful of curves.
+        self._used = [math.dist(c.start, c.end) <= POINT_TOLERANCE * self.size for c in curves]
+        self._all_used_before = 0
         self._at: dict[Vec2, list[tuple[int, int]]] = {}
         for index, curve in enumerate(curves):
             self._at.setdefault(curve.start, []).append((index, 0))
@@ -103,33 +105,37 @@ class _LooseEnds:
     def _tree(self) -> "cKDTree":
         from scipy.spatial import cKDTree  # takes longer to import than all that a worker needs besides
 
-        return cKDTree(self._ends_K2C.reshape(-1, 2))
+        ends = [point for curve in self._curves for point in (curve.start, curve.end)]
+        return cKDTree(np.array(ends, dtype=np.float64))
 
     def first(self) -> OpenCurve | None:
         """Take the first curve that is left."""
-        index = int(np.argmin(self._used_K))
-        return None if self._used_K[index] else self.take(index, 0)
+        for index in range(self._all_used_before, len(self._used)):
+            if not self._used[index]:
+                self._all_used_before = index
+                return self.take(index, 0)
+        return None
 
     def take(self, index: int, end: int) -> OpenCurve:
         """Take a curve, turned so that it begins at `end` (0: its start)."""
-        self._used_K[index] = True
+        self._used[index] = True
         return self._curves[index] if end == 0 else self._curves[index].reversed()
 
     def nearest(self, point: Vec2) -> tuple[float, int, int]:
         """Distance to the nearest loose end (infinity if none is left), its curve's index, and which end."""
         here = self._at.get(point, [])
-        while here and self._used_K[here[-1][0]]:
+        while here and self._used[here[-1][0]]:
             here.pop()
         if here:  # in nearly all files the ends meet exactly
             return 0.0, *here[-1]
-        total = 2 * len(self._used_K)
+        total = 2 * len(self._used)
         count = min(_NEIGHBOURS, total)
         while True:
             found = self._tree.query(point, k=count)
-            gaps, places = np.atleast_1d(found[0]), np.atleast_1d(found[1])
-            unused = np.flatnonzero(~self._used_K[places // 2])
-            if len(unused):
-                return float(gaps[unused[0]]), *divmod(int(places[unused[0]]), 2)
+            for gap, place in zip(np.atleast_1d(found[0]), np.atleast_1d(found[1]), strict=True):
+                index, end = divmod(int(place), 2)
+                if not self._used[index]:
+                    return float(gap), index, end
             if count == total:
                 return math.inf, 0, 0
             count = min(4 * count, total)
@@ -184,6 +190,8 @@ def nest(loops: Sequence[Loop]) -> list[Profile]:
     Loops may touch: whether a loop lies in another is put to the vote of points along it. Raises CadError for
     loops that cross.
     """
+    if len(loops) == 1:
+        return [Profile(loops[0])]
     loops = list({_outline(loop): loop for loop in reversed(loops)}.values())[::-1]
     if len(loops) < 2:  # most: nothing to compare it with
         return [Profile(loop) for loop in loops]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cad_mllm.cad.worker import run_limited
 from cad_mllm.config import TargetFormat
-from cad_mllm.data.files import UnusableFileError, load_image, load_points, read_target
+from cad_mllm.data.files import UnusableFileError, check_points, load_image, read_target
 from cad_mllm.data.layout import CAPTION_KEY, POINT_SUFFIXES, Source, id_fault, view_path, walk_files
 from cad_mllm.data.sequence import Modality
 from cad_mllm.errors import CadError
@@ -140,7 +140,7 @@ def _checked(source: Source, requirements: Requirements, candidate: Candidate) -
         points = source.points_file(candidate.id)
         if points is None:
             raise UnusableFileError(source.points / f"{candidate.id}{POINT_SUFFIXES[0]}", "no points")
-        load_points(points)
+        check_points(points)
         files.append(points)
     if "image" in requirements.needs:
         assert source.images is not None, "build_index asks for the folder"

@@ -10,9 +10,9 @@ from has changed.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -318,17 +318,24 @@ class _Body:
         for name in _LISTS:
             writer.add(name + _ENDS, [0])
 
-    def add_list(self, name: str, values: npt.ArrayLike) -> None:
-        array = np.asarray(values, _LISTS[name])
-        self._ends[name] += len(array)
-        self._writer.add(name, array)
-        self._writer.add(name + _ENDS, [self._ends[name]])
+    def add_lists(self, name: str, lists: Sequence[Sequence[int]]) -> None:
+        """A list per sample, for some samples at once: a call of numpy costs as much as a short list."""
+        lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+        self._writer.add(name, np.fromiter(chain.from_iterable(lists), _LISTS[name], lengths.sum()))
+        self._add_ends(name, lengths)
 
-    def add_text(self, name: str, text: str) -> None:
-        self.add_list(name, np.frombuffer(text.encode(), np.uint8))
+    def add_texts(self, name: str, texts: Sequence[str]) -> None:
+        encoded = [text.encode() for text in texts]
+        self._writer.add(name, np.frombuffer(b"".join(encoded), np.uint8))
+        self._add_ends(name, np.fromiter(map(len, encoded), np.int64, len(encoded)))
 
-    def add_number(self, name: str, value: int) -> None:
-        self._writer.add(name, [value])
+    def add_numbers(self, name: str, values: Sequence[int]) -> None:
+        self._writer.add(name, values)
+
+    def _add_ends(self, name: str, lengths: npt.NDArray[np.int64]) -> None:
+        ends = self._ends[name] + np.cumsum(lengths)
+        self._writer.add(name + _ENDS, ends)
+        self._ends[name] += int(lengths.sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,25 +370,24 @@ def _write_index(
             num_candidates += len(chunk)
             skipped += [one for one in chunk if isinstance(one, Skipped)]
             usable = [one for one in chunk if isinstance(one, Checked)]
-            for one in _tokenized(usable, tokenizer, settings):
-                if len(one.prompt) + len(one.target) > room:
-                    num_too_long += 1
-                    continue
-                sample = one.sample
-                body.add_text("id", sample.id)
-                body.add_text("caption", sample.caption)
-                body.add_text("text", sample.target)
-                body.add_list("prompt", one.prompt)
-                body.add_list("target", one.target)
-                body.add_list("feature", one.features)
-                body.add_list("removable", one.removable)
-                body.add_number("row", sample.row)
-                body.add_number("views", sample.views)
-                facts = [sample.id, sample.caption, sample.target, sample.sizes]
-                fingerprint.update(json.dumps(facts).encode())
-                num_samples += 1
-                num_with_parts += len(one.features) > 1
-                most_features = max(most_features, len(one.features))
+            tokenized = _tokenized(usable, tokenizer, settings)
+            fitting = [one for one in tokenized if len(one.prompt) + len(one.target) <= room]
+            num_too_long += len(tokenized) - len(fitting)
+            num_samples += len(fitting)
+            samples = [one.sample for one in fitting]
+            body.add_texts("id", [sample.id for sample in samples])
+            body.add_texts("caption", [sample.caption for sample in samples])
+            body.add_texts("text", [sample.target for sample in samples])
+            body.add_lists("prompt", [one.prompt for one in fitting])
+            body.add_lists("target", [one.target for one in fitting])
+            body.add_lists("feature", [one.features for one in fitting])
+            body.add_lists("removable", [one.removable for one in fitting])
+            body.add_numbers("row", [sample.row for sample in samples])
+            body.add_numbers("views", [sample.views for sample in samples])
+            for one in samples:
+                fingerprint.update(json.dumps([one.id, one.caption, one.target, one.sizes]).encode())
+            num_with_parts += sum(len(one.features) > 1 for one in fitting)
+            most_features = max([most_features, *(len(one.features) for one in fitting)])
         _add_notes(body, tokenizer, most_features)
         header = writer.finish(
             {
@@ -411,32 +417,45 @@ def _in_chunks(checked: Iterator[Checked | Skipped]) -> Iterator[list[Checked | 
 
 def _tokenized(
     samples: Sequence[Checked], tokenizer: TextTokenizer, settings: IndexSettings
-) -> Iterator[_Tokenized]:
+) -> list[_Tokenized]:
     if not samples:
-        return
+        return []
     prompts = prompt_ids(tokenizer, [sample.caption for sample in samples])
     targets = target_ids(tokenizer, [sample.target for sample in samples])
-    for sample, prompt, target in zip(samples, prompts, targets, strict=True):
-        features, removable = _parts(sample, target, tokenizer, settings) if settings.augmented else ([], [])
-        yield _Tokenized(sample=sample, prompt=prompt, target=target, features=features, removable=removable)
+    parts: Iterable[tuple[list[int], list[int]]] = [([], [])] * len(samples)
+    if settings.augmented:
+        parts = _parts(samples, targets, tokenizer, settings)
+    return [
+        _Tokenized(sample=sample, prompt=prompt, target=target, features=features, removable=removable)
+        for sample, prompt, target, (features, removable) in zip(
+            samples, prompts, targets, parts, strict=True
+        )
+    ]
 
 
 def _parts(
-    sample: Checked, target: list[int], tokenizer: TextTokenizer, settings: IndexSettings
-) -> tuple[list[int], list[int]]:
-    """Where the features of a target end, in tokens, and the numbers of those that may be left out.
+    samples: Sequence[Checked],
+    targets: Sequence[list[int]],
+    tokenizer: TextTokenizer,
+    settings: IndexSettings,
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Where the features of each target end, in tokens, and the numbers of those that may be left out.
 
     Nothing for a tokenizer that writes the end of one feature and the begin of the next as one token: such a
     target has no parts.
     """
-    texts = split_features(sample.target)
-    ids = inner_ids(tokenizer, texts) if len(texts) > 1 else []
-    pieces = [piece for piece in ids if piece is not None]
-    if len(pieces) < len(texts) or [token for piece in pieces for token in piece] != target[:-1]:
-        return [], []
-    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
-    may_go = removable_features(sample.target, settings.requirements.bits)
-    return ends, [number for number, may in enumerate(may_go, start=1) if may]
+    texts = [split_features(sample.target) for sample in samples]
+    pieces_of_all = [text for several in texts if len(several) > 1 for text in several]
+    ids = iter(inner_ids(tokenizer, pieces_of_all) if pieces_of_all else [])
+    for sample, target, several in zip(samples, targets, texts, strict=True):
+        found = list(islice(ids, len(several))) if len(several) > 1 else []
+        pieces = [piece for piece in found if piece is not None]
+        if len(pieces) < len(several) or [token for piece in pieces for token in piece] != target[:-1]:
+            yield [], []
+            continue
+        may_go = removable_features(sample.target, settings.requirements.bits)
+        ends = np.cumsum([len(piece) for piece in pieces]).tolist()
+        yield ends, [number for number, may in enumerate(may_go, start=1) if may]
 
 
 def _add_notes(body: _Body, tokenizer: TextTokenizer, most_features: int) -> None:
@@ -445,8 +464,7 @@ def _add_notes(body: _Body, tokenizer: TextTokenizer, most_features: int) -> Non
         ("prefix_note", [Variant("prefix", number).note for number in numbers]),
         ("removal_note", [Variant("removal", number).note for number in numbers]),
     ):
-        for ids in target_ids(tokenizer, notes) if notes else []:
-            body.add_list(column, ids[:-1])
+        body.add_lists(column, [ids[:-1] for ids in target_ids(tokenizer, notes)] if notes else [])
 
 
 def _write_skipped(path: Path, split: Split, skipped: Sequence[Skipped]) -> None:

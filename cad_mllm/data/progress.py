@@ -28,6 +28,7 @@ class SlowProgress:
         self._done = 0
         self._start = self._last_line = time.monotonic()
         self._console = Console(file=sys.stderr)
+        self._is_terminal = self._console.is_terminal  # reads the environment each time
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
@@ -44,7 +45,7 @@ class SlowProgress:
         """Count items that are done."""
         self._done += count
         now = time.monotonic()
-        if self._console.is_terminal:
+        if self._is_terminal:
             if self._bar is None and now - self._start > _PATIENCE:
                 self._show()
             if self._bar is not None:

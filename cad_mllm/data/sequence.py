@@ -125,7 +125,8 @@ def target_ids(tokenizer: TextTokenizer, targets: Sequence[str]) -> list[list[in
         raise ConfigError(
             "the tokenizer of --llm_model_name joins a line break with the text after it: not usable"
         )
-    return [[*ids, eos_id(tokenizer)] for ids in found if ids is not None]
+    end = eos_id(tokenizer)
+    return [[*ids, end] for ids in found if ids is not None]
 
 
 def inner_ids(tokenizer: TextTokenizer, texts: Sequence[str]) -> list[list[int] | None]:
