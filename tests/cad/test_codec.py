@@ -261,7 +261,7 @@ def test_real_files_go_to_text_and_back_without_loss(path: FilePath, bits: int):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(program=programs())
 def test_programs_go_to_text_and_back_without_loss(bits: int, program: CadProgram):
     try:
@@ -274,7 +274,7 @@ def test_programs_go_to_text_and_back_without_loss(bits: int, program: CadProgra
 
 
 @pytest.mark.parametrize("bits", BITS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_text_of_the_grammar_is_a_program_or_a_cad_error(bits: int, data: st.DataObject):
     text = data.draw(command_texts(GRAMMARS[bits]))
@@ -286,7 +286,7 @@ def test_any_text_of_the_grammar_is_a_program_or_a_cad_error(bits: int, data: st
     assert codec.encode(codec.decode(canonical, bits), bits) == canonical
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_a_changed_text_is_a_program_or_a_cad_error(data: st.DataObject):
     text = data.draw(st.sampled_from(REAL_TEXTS))

@@ -453,7 +453,7 @@ def test_real_files_go_to_json_and_back(path: FilePath):
             assert a == pytest.approx(b, abs=1e-9)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(programs())
 def test_programs_go_to_json_and_back(program: CadProgram):
     again = omnicad.parse(json.loads(json.dumps(omnicad.to_json(program))))
@@ -470,7 +470,7 @@ def backwards(curve: dict[str, Any]) -> dict[str, Any]:
     return {**curve, "start_point": curve["end_point"], "end_point": curve["start_point"]}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(programs(), st.randoms(use_true_random=False))
 def test_the_order_the_direction_and_the_repetition_of_curves_and_loops_say_nothing(
     program: CadProgram, rng: random.Random
@@ -497,7 +497,7 @@ def test_is_outer_is_written_as_it_is_meant():
 # --- normalise --------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(programs())
 def test_normalise_fits_what_is_added_into_the_cube_and_remembers_the_way_back(program: CadProgram):
     normalised = normalise(program)
@@ -534,7 +534,7 @@ SMALL = json.loads((REAL / "0001" / "00017337_00003.json").read_text())
 SMALL_PLACES = [place for place in places(SMALL) if place]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_a_real_file_changed_anywhere_parses_or_raises_cad_error(data: st.DataObject):
     changed = copy.deepcopy(SMALL)
@@ -559,7 +559,7 @@ def test_a_real_file_changed_anywhere_parses_or_raises_cad_error(data: st.DataOb
     omnicad.to_json(program)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(json_values | st.fixed_dictionaries({"entities": json_values, "sequence": json_values}))
 def test_any_json_raises_cad_error(data: Any):
     with pytest.raises(CadError):

@@ -39,7 +39,7 @@ def sums(packs: PackPlan, lengths: IntArray, power: int = 1) -> IntArray:
     return np.add.reduceat(values, packs.starts[:-1]).reshape(packs.num_steps, packs.packs_per_step)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60),
     epochs=st.integers(1, 3),
