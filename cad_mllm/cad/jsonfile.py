@@ -128,9 +128,9 @@ def vector(data: Mapping[str, object], key: str, where: str) -> Vec3:
     if isinstance(value, dict):  # whoever reads many vectors pays for their names only where one is wrong
         x, y, z = value.get("x"), value.get("y"), value.get("z")
         if (
-            (type(x) is float and type(y) is float and type(z) is float)
-            and max(x, y, z) <= MAX_NUMBER
-            and min(x, y, z) >= -MAX_NUMBER
+            (type(x) is float and -MAX_NUMBER <= x <= MAX_NUMBER)
+            and (type(y) is float and -MAX_NUMBER <= y <= MAX_NUMBER)
+            and (type(z) is float and -MAX_NUMBER <= z <= MAX_NUMBER)
         ):
             return x, y, z
     value = mapping(data, key, where)
