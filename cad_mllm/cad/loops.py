@@ -190,9 +190,8 @@ def nest(loops: Sequence[Loop]) -> list[Profile]:
     Loops may touch: whether a loop lies in another is put to the vote of points along it. Raises CadError for
     loops that cross.
     """
-    if len(loops) == 1:
-        return [Profile(loops[0])]
-    loops = list({_outline(loop): loop for loop in reversed(loops)}.values())[::-1]
+    if len(loops) > 1:
+        loops = list({_outline(loop): loop for loop in reversed(loops)}.values())[::-1]
     if len(loops) < 2:  # most: nothing to compare it with
         return [Profile(loop) for loop in loops]
     order = sorted(range(len(loops)), key=lambda i: -abs(area(loops[i])))
