@@ -192,7 +192,7 @@ def _build(
         image_mean=IMAGE_MEAN,
         image_std=IMAGE_STD,
         image_tokens=encoders.image.num_tokens,
-        point_tokens=encoders.point.config.num_latents,
+        point_tokens=encoders.point.config.num_tokens,
         num_points=encoders.point.config.num_points,
     )
 

@@ -86,7 +86,7 @@ class FrozenEncoders:
     def encode_points(self, points_MPC: Tensor) -> Tensor:
         """(M, P, 6) clouds to (M, K, D). M may be 0."""
         if points_MPC.shape[0] == 0:
-            shape = (0, self.point.config.num_latents, self.point_width)
+            shape = (0, self.point.config.num_tokens, self.point_width)
             return points_MPC.new_zeros(shape, dtype=self.point.query.dtype)
         out: Tensor = self.point(points_MPC)
         return out

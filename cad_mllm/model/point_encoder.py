@@ -44,12 +44,25 @@ class PointEncoderConfig:
     """Octaves of the Fourier embedding of a coordinate."""
     num_points: int = 4096
     """P: points a cloud is sampled to before it comes here (the module itself takes any number)."""
+    num_faces: int = 0
+    """Tokens beside the latents, each of which begins as a face of the cloud (`pick_faces`): to latents, that
+    are drawn from all points at once, small faces are lost until late in training."""
+
+    @property
+    def num_tokens(self) -> int:
+        """K: tokens that a cloud becomes."""
+        return self.num_latents + self.num_faces
 
 
 TINY = PointEncoderConfig(width=64, heads=2, layers=2, num_latents=17, num_points=256)
 """For tests and the demo."""
-SMALL = PointEncoderConfig(width=256, heads=4, layers=4, num_latents=64, num_points=2048)
+SMALL = PointEncoderConfig(width=256, heads=4, layers=4, num_latents=32, num_points=2048, num_faces=64)
 """To be trained from scratch with the small LM."""
+
+_OFFSET, _POSITION, _SAME_PLANE = 3.0, 0.25, 0.15
+"""How unlike two points are as parts of faces: the distance of their normals (2 for opposite ones), that of
+their planes' distances from the origin times the first figure, that of their places times the second. Without
+the last, points nearer than the third are of one plane: planes .05 apart, or normals 9 degrees, are not."""
 
 
 class FourierEmbedding(nn.Module):
@@ -189,6 +202,8 @@ class PointEncoder(nn.Module):
         embedded = 3 + 3 * 2 * config.num_freqs
         self.query = nn.Parameter(torch.randn(config.num_latents, config.width))
         self.input_proj = nn.Linear(embedded + 3, config.width)
+        if config.num_faces:
+            self.box_proj = nn.Linear(2 * embedded, config.width)
         self.cross_attn = CrossAttentionBlock(config.width, config.heads)
         self.self_attn = SelfAttentionStack(config)
         self.ln_post = nn.LayerNorm(config.width)
@@ -197,10 +212,59 @@ class PointEncoder(nn.Module):
         """Encode (M, P, 6) xyz in [-1, 1] + unit normals, float32, to (M, K, D) in the weights' dtype."""
         xyz_MP3, normals_MP3 = points_MPC[..., :3], points_MPC[..., 3:]
         embedded_MPF = torch.cat([self.fourier(xyz_MP3), normals_MP3.float()], dim=-1)
-        data_MPD = self.input_proj(embedded_MPF.to(self.query.dtype))
+        embedded_MPF = embedded_MPF.to(self.query.dtype)
+        data_MPD = self.input_proj(embedded_MPF)
         latents_MKD = self.query.expand(points_MPC.shape[0], -1, -1)
+        if self.config.num_faces:
+            faces_MQD = self._begin_faces(points_MPC, embedded_MPF)
+            latents_MKD = torch.cat([latents_MKD, faces_MQD], dim=1)
         out: Tensor = self.ln_post(self.self_attn(self.cross_attn(latents_MKD, data_MPD)))
         return out
+
+    def _begin_faces(self, points_MPC: Tensor, embedded_MPF: Tensor) -> Tensor:
+        """Give what the face tokens begin as (M, Q, D): a point, and the box of what lies in its plane."""
+        rows_MQ, low_MQ3, high_MQ3 = pick_faces(points_MPC, self.config.num_faces)
+        box_MQG = torch.cat([self.fourier(low_MQ3), self.fourier(high_MQ3)], dim=-1)
+        # Projected again, few as they are: the gradient of a gather would add up in any order.
+        point_MQD = self.input_proj(embedded_MPF.take_along_dim(rows_MQ[..., None], dim=1))
+        out: Tensor = point_MQD + self.box_proj(box_MQG.to(point_MQD.dtype))
+        return out
+
+
+@torch.no_grad()
+def pick_faces(points_MPC: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Points on as many different faces as there are, however small a face is, and how far its plane reaches.
+
+    Each point is the farthest from all before it (farthest point sampling; Eldar et al. 1997), but not in
+    space alone: what tells faces apart are their normals and the distances of their planes from the origin.
+    The same points in whatever order a cloud is given; they repeat where it has fewer than `count`.
+
+    Returns:
+        Rows of the points (M, count), and the least and greatest coordinates (M, count, 3) of the cloud's
+        points that lie in the same plane (in a strip of a curved face).
+    """
+    xyz_MP3, normals_MP3 = points_MPC[..., :3].float(), points_MPC[..., 3:].float()
+    offset_MP1 = (xyz_MP3 * normals_MP3).sum(dim=-1, keepdim=True)
+    plane_MP4 = torch.cat([normals_MP3, _OFFSET * offset_MP1], dim=-1)
+    face_MPF = torch.cat([plane_MP4, _POSITION * xyz_MP3], dim=-1)
+    row_M = (face_MPF - face_MPF.mean(dim=1, keepdim=True)).square().sum(dim=-1).argmax(dim=-1)
+    nearest_MP = torch.full(face_MPF.shape[:2], torch.inf, device=face_MPF.device)
+    rows = [row_M]
+    while len(rows) < count:
+        chosen_M1F = face_MPF.take_along_dim(row_M[:, None, None], dim=1)
+        nearest_MP = torch.minimum(nearest_MP, (face_MPF - chosen_M1F).square().sum(dim=-1))
+        row_M = nearest_MP.argmax(dim=-1)
+        rows.append(row_M)
+    rows_MQ = torch.stack(rows, dim=1)
+    plane_MQ4 = plane_MP4.take_along_dim(rows_MQ[..., None], dim=1)
+    distance_MQP = torch.cdist(plane_MQ4, plane_MP4, compute_mode="donot_use_mm_for_euclid_dist")
+    other_MQP1 = (distance_MQP >= _SAME_PLANE)[..., None]
+    xyz_M1P3 = xyz_MP3[:, None]
+    return (
+        rows_MQ,
+        xyz_M1P3.masked_fill(other_MQP1, torch.inf).amin(dim=2),
+        xyz_M1P3.masked_fill(other_MQP1, -torch.inf).amax(dim=2),
+    )
 
 
 def random_point_encoder(config: PointEncoderConfig) -> PointEncoder:

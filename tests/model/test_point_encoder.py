@@ -1,6 +1,7 @@
 """The point encoder against its description, and its checkpoints."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from cad_mllm.model.point_encoder import (
     PointEncoder,
     PointEncoderConfig,
     load_point_encoder,
+    pick_faces,
     random_point_encoder,
 )
 
 SMALL = PointEncoderConfig(width=24, heads=3, layers=2, num_latents=5, num_freqs=4, num_points=32)
+FACES = replace(SMALL, num_faces=4)
 
 
 def _cloud(clouds: int = 2, points: int = 40) -> Tensor:
@@ -120,8 +123,54 @@ def test_it_computes_what_the_description_says_heads_interleaved() -> None:
     torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
 
 
-def test_the_order_of_the_points_does_not_matter_but_their_normals_do() -> None:
-    encoder, cloud = _shaken(SMALL), _cloud(1)
+def _squares(*faces: tuple[int, float, float], points: int = 50) -> Tensor:
+    """(F * points, 6): squares at right angles to an axis: (axis, place and sign of the normal, side)."""
+    draw = torch.Generator().manual_seed(0)
+    parts = []
+    for axis, place, side in faces:
+        xyz_P3 = (torch.rand(points, 3, generator=draw) - 0.5) * side
+        xyz_P3[:, axis] = abs(place)
+        normal_P3 = torch.zeros(points, 3)
+        normal_P3[:, axis] = math.copysign(1.0, place)
+        parts.append(torch.cat([xyz_P3, normal_P3], dim=-1))
+    return torch.cat(parts)
+
+
+def test_every_face_is_picked_before_one_is_picked_twice_however_small_it_is() -> None:
+    faces = ((0, 0.9, 2.0), (0, -0.1, 2.0), (1, 0.5, 2.0), (1, -0.5, 2.0), (0, 0.3, 0.01), (2, 0.0, 0.01))
+    cloud_PC = _squares(*faces)
+    order = torch.randperm(len(cloud_PC), generator=torch.Generator().manual_seed(1))
+    rows_MQ, low_MQ3, high_MQ3 = pick_faces(torch.stack([cloud_PC, cloud_PC[order]]), 12)
+    face_Q = rows_MQ[0] // 50
+    assert sorted(face_Q[:6].tolist()) == list(range(6))
+    assert torch.equal(cloud_PC[rows_MQ[0]], cloud_PC[order][rows_MQ[1]])
+    for number in range(6):
+        xyz_P3 = cloud_PC[number * 50 : (number + 1) * 50, :3]
+        for row in torch.nonzero(face_Q == number).flatten():
+            assert torch.equal(low_MQ3[0, row], xyz_P3.amin(dim=0))
+            assert torch.equal(high_MQ3[1, row], xyz_P3.amax(dim=0))
+
+
+def test_faces_repeat_where_a_cloud_has_too_few_points() -> None:
+    rows_MQ, low_MQ3, high_MQ3 = pick_faces(_cloud(1, 3), 5)
+    assert set(rows_MQ[0].tolist()) == {0, 1, 2}
+    assert low_MQ3.isfinite().all() and high_MQ3.isfinite().all()
+
+
+def test_faces_become_tokens_behind_the_latents() -> None:
+    assert FACES.num_tokens == 9
+    encoder = _shaken(FACES)
+    assert encoder.state_dict().keys() - _shaken(SMALL).state_dict().keys() == {
+        "box_proj.weight",
+        "box_proj.bias",
+    }
+    with torch.no_grad():
+        assert encoder(_cloud(2)).shape == (2, 9, 24)
+
+
+@pytest.mark.parametrize("config", [SMALL, FACES])
+def test_the_order_of_the_points_does_not_matter_but_their_normals_do(config: PointEncoderConfig) -> None:
+    encoder, cloud = _shaken(config), _cloud(1)
     with torch.no_grad():
         out = encoder(cloud)
         torch.testing.assert_close(encoder(cloud[:, torch.randperm(40)]), out, atol=1e-5, rtol=1e-4)
