@@ -5,6 +5,7 @@ It fetches nothing: pictures and the few lines of script are in it.
 
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -166,11 +167,24 @@ def _distributions(samples: Sequence[Sample]) -> bytes:
             low, high = max(min(values), 1e-6), max(max(values), 2e-6)
             bins = np.geomspace(low * 0.9, high * 1.1, 26)
             panel.set_xscale("log")
+            panel.set_xticks([], minor=True)
+            panel.set_xticks(ticks := log_ticks(bins[0], bins[-1]), [f"{tick:g}" for tick in ticks])
         panel.hist(values, bins=bins, color=_OURS, edgecolor="white", linewidth=0.5)
         panel.axvline(float(np.median(values)), color=_THEIRS, linewidth=1.2, label="median")
     axes.flat[0].set_ylabel("samples")
     axes.flat[0].legend(frameon=False, fontsize=8)
     return _as_png(figure)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """At most 7 round numbers within [low, high], both > 0, for a logarithmic axis; or its ends."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 2, 5), (1,)):
+        ticks = [step * 10.0**decade for decade in decades for step in steps]
+        within = [tick for tick in ticks if low <= tick <= high]
+        if len(within) <= 7:
+            break
+    return within[:: max(1, math.ceil(len(within) / 7))] or [float(f"{low:.2g}"), float(f"{high:.2g}")]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from PIL import Image
 from cad_mllm.cli import main
 from cad_mllm.evaluate.files import Given
 from cad_mllm.evaluate.gallery import choose, draw
-from cad_mllm.evaluate.report import robustness_runs
+from cad_mllm.evaluate.report import log_ticks, robustness_runs
 from cad_mllm.evaluate.score import Outcome, Pair, Sample
 from cad_mllm.evaluate.summary import METRICS
 
@@ -187,6 +187,19 @@ def test_every_modality_is_shown_and_few_samples_all() -> None:
     assert {"s003", "s004"} <= {sample.id for sample in chosen}
     assert len(choose(samples[:5], modalities)) == 5
     assert choose([], {}) == []
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.4, 6.6, [0.5, 1, 2, 5]),
+        (0.3, 450, [1, 10, 100]),
+        (1.1, 1.9, [1.1, 1.9]),
+        (1e-6, 1e3, [1e-6, 1e-4, 1e-2, 1, 100]),
+    ],
+)
+def test_a_logarithmic_axis_has_few_round_ticks(low: float, high: float, ticks: list[float]) -> None:
+    assert log_ticks(low, high) == pytest.approx(ticks)
 
 
 def test_runs_with_worse_points_are_found_by_the_names_of_their_folders(tmp_path: Path) -> None:
