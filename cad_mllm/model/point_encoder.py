@@ -54,7 +54,7 @@ class PointEncoderConfig:
         return self.num_latents + self.num_faces
 
 
-TINY = PointEncoderConfig(width=64, heads=2, layers=2, num_latents=9, num_points=256, num_faces=8)
+TINY = PointEncoderConfig(width=64, heads=2, layers=2, num_latents=17, num_points=256)
 """For tests and the demo."""
 SMALL = PointEncoderConfig(width=256, heads=4, layers=4, num_latents=32, num_points=2048, num_faces=64)
 """To be trained from scratch with the small LM."""
