@@ -71,6 +71,8 @@ class DataConfig:
     """Probability that a training sample asks for the first few features of its program alone."""
     augment_removal: float = 0.0
     """Probability that it asks for the program without one feature on which no other depends."""
+    caption_dropout: float = 0.0
+    """Probability that a training sample with points or an image is given without its caption."""
     max_skipped_fraction: float = 0.05
     """More unusable samples than this share end the run (exit 3)."""
     num_workers: int = 2

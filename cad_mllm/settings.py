@@ -55,6 +55,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "max_seq_length": (1, _ANY),
     "augment_prefix": (0, 1),
     "augment_removal": (0, 1),
+    "caption_dropout": (0, 1),
     "max_skipped_fraction": (0, 1),
     "num_workers": (0, _ANY),
     "batch_size": (1, _ANY),

@@ -1,4 +1,4 @@
-"""More targets from the same models, drawn by the sampler: a part of a program as a target of its own.
+"""More samples from the same models, drawn by the sampler: parts of programs, and inputs without a caption.
 
 The paper enlarges its data with truncated programs and with programs that lack a feature, as models of their
 own with points, views and captions. Here the inputs stay those of the whole part, and a line of the prompt
@@ -12,6 +12,9 @@ says which part of the program is asked for, so that inputs and target agree:
 Both are valid programs that begin with New, written in the frame of the whole part: the text of a feature
 does not depend on the others. A variant that would not make the sequence shorter (a note longer than what it
 leaves out) is not drawn, so that whatever fits as a whole fits in every variant.
+
+Whoever has a scan has no words for it: a sample that is given points or an image can lose its caption, and
+its prompt is then the one that generation makes of points or an image alone.
 """
 
 from collections.abc import Sequence
@@ -32,16 +35,18 @@ _CONTACT = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How often a sample is given as a part of itself. Together at most 1."""
+    """How often a sample is given as a part of itself, or without its caption."""
 
     prefix: float = 0.0
     """Probability of a prefix."""
     removal: float = 0.0
-    """Probability of leaving a feature out."""
+    """Probability of leaving a feature out; with `prefix` at most 1."""
+    caption_dropout: float = 0.0
+    """Probability that a sample with points or an image has no caption."""
 
     @property
-    def wanted(self) -> bool:
-        """Whether anything is drawn at all."""
+    def parts(self) -> bool:
+        """Whether parts of programs are drawn at all."""
         return self.prefix > 0 or self.removal > 0
 
 

@@ -81,6 +81,8 @@ class Item:
     supervised: bool = True
     variant: Variant | None = None
     """The part of its program that is the target; None: all of it."""
+    captioned: bool = True
+    """Whether its prompt has its caption."""
 
 
 class BatchBuilder:
@@ -166,7 +168,7 @@ class BatchBuilder:
             id=self._index.ids[item.number],
             combo="text",
             bos=self._bos,
-            prompt=self._index.prompt(item.number, item.variant),
+            prompt=self._index.prompt(item.number, item.variant, captioned=item.captioned),
             target=self._index.target(item.number, item.variant),
             supervised=item.supervised,
         )

@@ -41,7 +41,7 @@ from cad_mllm.errors import DataError
 
 SKIPPED_FILE = "skipped.jsonl"
 
-_FORMAT = "cad-mllm-index-2"
+_FORMAT = "cad-mllm-index-3"
 _TOKENIZED_AT_ONCE = 256
 
 _LISTS = {
@@ -50,6 +50,7 @@ _LISTS = {
     "text": "|u1",
     "prompt": "<i4",
     "target": "<i4",
+    "instruction": "<i4",
     "feature": "<i4",
     "removable": "<i4",
     "prefix_note": "<i4",
@@ -57,10 +58,10 @@ _LISTS = {
 }
 """Columns with a list per sample (the notes: per feature number): the lists one after the other.
 
-`id`, `caption`, `text` (the target) in UTF-8. `prompt` without BOS, `target` with EOS. `feature`: target
-tokens up to the end of each feature; `removable`: the numbers, from 1, of the features that may be left out;
-both empty unless the run augments its data. `prefix_note[k - 1]`, `removal_note[j - 1]`: tokens of
-`Variant.note`.
+`id`, `caption`, `text` (the target) in UTF-8. `prompt` without BOS, `target` with EOS. `instruction`: one
+list, the prompt of any sample that is given without its caption. `feature`: target tokens up to the end of
+each feature; `removable`: the numbers, from 1, of the features that may be left out; both empty unless the
+run augments its data. `prefix_note[k - 1]`, `removal_note[j - 1]`: tokens of `Variant.note`.
 """
 _ENDS = "_end"
 """Name of the column beside each of those: [0, end of the first list, end of the second, ...]."""
@@ -126,6 +127,8 @@ class Index:
         self.store: Store = open_store(header["store"])
         self.num_prompt_tokens = np.diff(arrays["prompt" + _ENDS]) + header["num_bos"]
         """int64 (num_samples,) of whole samples: BOS (if the tokenizer adds one), instruction, caption."""
+        self.num_instruction_tokens = len(arrays["instruction"]) + int(header["num_bos"])
+        """The same of any sample without its caption: BOS and instruction."""
         self.num_target_tokens = np.diff(arrays["target" + _ENDS])
         """int64 (num_samples,) of whole samples: target text and EOS, the supervised tokens."""
         self.ids = _Ids(self)
@@ -154,9 +157,9 @@ class Index:
         """Pictures of a sample; 0 if the run needs none."""
         return int(self._arrays["views"][number])
 
-    def prompt(self, number: int, variant: Variant | None = None) -> list[int]:
-        """Ids of instruction, caption and the variant's note, without BOS."""
-        ids = self._list("prompt", number)
+    def prompt(self, number: int, variant: Variant | None = None, *, captioned: bool = True) -> list[int]:
+        """Ids of instruction, caption (if wanted) and the variant's note, without BOS."""
+        ids = self._list("prompt", number) if captioned else self._list("instruction", 0)
         return [*ids.tolist(), *([] if variant is None else self._note(variant).tolist())]
 
     def target(self, number: int, variant: Variant | None = None) -> list[int]:
@@ -167,9 +170,12 @@ class Index:
         start, end = self._left_out(number, variant)
         return [*ids[:start].tolist(), *ids[end:].tolist()]
 
-    def num_tokens(self, number: int, variant: Variant | None = None) -> tuple[int, int]:
+    def num_tokens(
+        self, number: int, variant: Variant | None = None, *, captioned: bool = True
+    ) -> tuple[int, int]:
         """Prompt tokens (BOS counted) and target tokens (EOS counted) of a sample as it is given."""
-        prompt, target = int(self.num_prompt_tokens[number]), int(self.num_target_tokens[number])
+        prompt = int(self.num_prompt_tokens[number]) if captioned else self.num_instruction_tokens
+        target = int(self.num_target_tokens[number])
         if variant is None:
             return prompt, target
         start, end = self._left_out(number, variant)
@@ -180,7 +186,7 @@ class Index:
     ) -> Variant | None:
         """What a sample is given as in an epoch; see `cad_mllm.data.augment`."""
         features = self._list("feature", number)
-        if not augmentation.wanted or len(features) < 2:
+        if not augmentation.parts or len(features) < 2:
             return None
         removable = self._list("removable", number).tolist()
         variant = draw_variant(augmentation, (seed, stage, epoch, self.ids[number]), len(features), removable)
@@ -388,6 +394,7 @@ def _write_index(
                 fingerprint.update(json.dumps([one.id, one.caption, one.target, one.sizes]).encode())
             num_with_parts += sum(len(one.features) > 1 for one in fitting)
             most_features = max([most_features, *(len(one.features) for one in fitting)])
+        body.add_lists("instruction", prompt_ids(tokenizer, [""]))
         _add_notes(body, tokenizer, most_features)
         header = writer.finish(
             {

@@ -144,7 +144,7 @@ class StepLoader:
             )
 
     def _length(self, item: Item) -> int:
-        text = sum(self._index.num_tokens(item.number, item.variant))
+        text = sum(self._index.num_tokens(item.number, item.variant, captioned=item.captioned))
         return text + self._spec.modality_tokens(MODALITIES[item.combo])
 
 
@@ -159,12 +159,15 @@ class _Draws:
     mix: Mix
 
     def item(self, number: int, epoch: int) -> Item:
-        sample_id = self.index.ids[number]
+        sample_id, draw = self.index.ids[number], (self.seed, self.stage, epoch)
+        combo = order.draw_combo(*draw, sample_id, self.mix)
+        (captioned,) = order.draw_captioned(*draw, [sample_id], self.augmentation.caption_dropout)
         return Item(
             number,
             epoch,
-            order.draw_combo(self.seed, self.stage, epoch, sample_id, self.mix),
-            variant=self.index.draw_variant(number, self.augmentation, self.seed, self.stage, epoch),
+            combo,
+            variant=self.index.draw_variant(number, self.augmentation, *draw),
+            captioned=bool(captioned) or not MODALITIES[combo],
         )
 
 
@@ -256,12 +259,15 @@ def pack_stage(
     def lengths(epoch: int) -> order.IntArray:
         combos, drawn = order.draw_combos(seed, stage, epoch, index.ids, mix)
         text = whole
-        if augmentation.wanted:
+        if augmentation.parts:
             variants = (
                 index.draw_variant(number, augmentation, seed, stage, epoch) for number in range(len(index))
             )
             text = np.asarray([sum(index.num_tokens(*drawn)) for drawn in enumerate(variants)])
         placeholders = np.asarray([spec.modality_tokens(MODALITIES[combo]) for combo in combos])
+        captioned = order.draw_captioned(seed, stage, epoch, index.ids, augmentation.caption_dropout)
+        captioned |= np.asarray([not MODALITIES[combo] for combo in combos])[drawn]
+        text = text - np.where(captioned, 0, index.num_prompt_tokens - index.num_instruction_tokens)
         in_order: order.IntArray = (text + placeholders[drawn])[
             order.epoch_order(len(index), seed, stage, epoch)
         ]

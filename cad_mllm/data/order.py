@@ -112,6 +112,16 @@ def draw_combos(
     return combos, np.minimum(drawn, len(combos) - 1).astype(np.int64)
 
 
+def draw_captioned(
+    seed: int, stage: int, epoch: int, sample_ids: Sequence[str], dropout: float
+) -> npt.NDArray[np.bool_]:
+    """Whether each sample (num_samples,) keeps its caption in an epoch, where it has something beside it."""
+    if dropout == 0:
+        return np.ones(len(sample_ids), np.bool_)
+    uniform = _stable_hashes(("caption", seed, stage, epoch), sample_ids) / 2**64
+    return uniform >= dropout
+
+
 def _stable_hashes(parts: tuple[int | str, ...], last: Sequence[str]) -> npt.NDArray[np.uint64]:
     """`stable_hash(*parts, text)` for each of the texts; what they share is hashed once."""
     shared = hashlib.blake2b(json.dumps(parts).removesuffix("]").encode() + b", ", digest_size=8)

@@ -6,8 +6,7 @@ of workers, and wherever an earlier run was killed, the same files come out.
 
 import json
 import time
-from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -97,20 +96,22 @@ def prepare(
 ) -> PrepareReport:
     """Make `out/{json,txt,pcd,img}` from the models below `json_root`, each within `seconds`.
 
-    Models whose files are complete are not made again. Captions are those of `txt_root`, or templates made
-    from the programs, marked `"caption_source": "template"`. Models that fail are left out and stand in the
-    report (also written to `out/prepare_report.json`).
+    Models whose files are complete are not made again. Captions are those of `txt_root`; models without one
+    get one made from the program, marked `"caption_source": "template"`. Models that fail are left out and
+    stand in the report (also written to `out/prepare_report.json`).
     Raises DataError if there are no models or the captions cannot be read, ConfigError if `out` was begun
     with other settings.
     """
     started = time.monotonic()
     settings = ModelSettings(points=points, views=views, size=size)
     ids = _model_ids(json_root)
-    captions = None if txt_root is None else _read_caption_files(txt_root)
+    captions = {} if txt_root is None else _read_caption_files(txt_root)
+    described = {entry["id"] for entries in captions.values() for entry in entries}
     _claim(out, settings)
     in_place = _same_folder(json_root, out / JSON_FOLDER)
     jobs = [
-        _Job(sample_id, json_root, out, settings, kernel, captions is None, in_place) for sample_id in ids
+        _Job(sample_id, json_root, out, settings, kernel, sample_id not in described, in_place)
+        for sample_id in ids
     ]
     done: dict[str, _Done] = {}
     failed: list[Failed] = []
@@ -123,9 +124,12 @@ def prepare(
                 failed.append(outcome)
             else:
                 done[ids[number]] = outcome
-    if captions is None:
-        captions = _template_files({sample_id: one.caption for sample_id, one in sorted(done.items())})
-    if txt_root is None or not _same_folder(txt_root, out / TEXT_FOLDER):
+    templates = {sample_id: one.caption for sample_id, one in sorted(done.items()) if one.caption}
+    extended = _add_templates(captions, templates)
+    if txt_root is not None and _same_folder(txt_root, out / TEXT_FOLDER):
+        for name in extended:
+            write_json(out / TEXT_FOLDER / name, captions[name])
+    else:
         _write_caption_files(out / TEXT_FOLDER, captions, done.keys())
     report = PrepareReport(
         made=sum(one.made for one in done.values()),
@@ -264,12 +268,14 @@ def _read_caption_files(root: Path) -> CaptionFiles:
     return files
 
 
-def _template_files(captions: dict[str, str | None]) -> CaptionFiles:
-    files: CaptionFiles = defaultdict(list)
+def _add_templates(files: CaptionFiles, captions: Mapping[str, str]) -> set[str]:
+    """Put template captions into the files of their models' groups; the names of these files."""
+    extended = set()
     for sample_id, caption in captions.items():
-        group = sample_id.rpartition("/")[0].replace("/", "-") or "captions"
-        files[f"{group}.json"].append({"id": sample_id, CAPTION_KEY: caption, SOURCE_KEY: TEMPLATE})
-    return files
+        name = f"{sample_id.rpartition('/')[0].replace('/', '-') or 'captions'}.json"
+        files.setdefault(name, []).append({"id": sample_id, CAPTION_KEY: caption, SOURCE_KEY: TEMPLATE})
+        extended.add(name)
+    return extended
 
 
 def _write_caption_files(folder: Path, files: CaptionFiles, made: Collection[str]) -> None:

@@ -261,14 +261,17 @@ def _index(
             max_skipped_fraction=config.data.max_skipped_fraction,
             output_dir=config.run.output_dir,
             workers=max(1, config.data.num_workers * world.local_size),
-            augmented=split == "train" and augmentation(config).wanted,
+            augmented=split == "train" and augmentation(config).parts,
         )
     )
 
 
 def augmentation(config: TrainConfig) -> Augmentation:
     """How the training samples are augmented; validation never is."""
-    return Augmentation(prefix=config.data.augment_prefix, removal=config.data.augment_removal)
+    data = config.data
+    return Augmentation(
+        prefix=data.augment_prefix, removal=data.augment_removal, caption_dropout=data.caption_dropout
+    )
 
 
 def _pack(
@@ -312,6 +315,7 @@ def _identity(config: TrainConfig, global_batch: int, fingerprint: str) -> dict[
         # None where it is off, as in checkpoints from before there was such a flag
         "--augment_prefix": data.augment_prefix or None,
         "--augment_removal": data.augment_removal or None,
+        "--caption_dropout": data.caption_dropout or None,
         "--seed": config.run.seed,
         "--pack_tokens": config.optim.pack_tokens or None,
         "global batch (--batch_size x --gradient_accumulation_steps x ranks)": global_batch,

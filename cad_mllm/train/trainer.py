@@ -115,6 +115,9 @@ def rehearse(run: Run) -> None:
         return
     stage, _, _ = remaining[0]
     prompts, targets = run.index.num_prompt_tokens, run.index.num_target_tokens
+    shortest = int(prompts.min())
+    if run.config.data.caption_dropout:
+        shortest = min(shortest, run.index.num_instruction_tokens)
     rehearse_largest(
         run.engine,
         run.built.encoders,
@@ -123,7 +126,7 @@ def rehearse(run: Run) -> None:
         run.world.device,
         modalities=run.index.needs,
         trainable=stage.trains & PROJECTORS,
-        prompt_tokens=int(prompts.min()),
+        prompt_tokens=shortest,
         text_tokens=int((prompts + targets).max()),
     )
 

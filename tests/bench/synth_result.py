@@ -74,8 +74,9 @@ def settings(candidates: int) -> list[Setting]:
     points: tuple[Given, ...] = ("text", "points")
     image: tuple[Given, ...] = ("text", "points", "image")
     half = Worse(dropped=0.5)
-    rows = [Setting(modalities=given) for given in (points, image, text)]
-    rows += [Setting(modalities=given, candidates=candidates) for given in (points, image, text)]
+    rows = [Setting(modalities=given) for given in (points, image, text, ("points",), ("text", "image"))]
+    given_many: tuple[tuple[Given, ...], ...] = (points, image, text, ("points",))
+    rows += [Setting(modalities=given, candidates=candidates) for given in given_many]
     rows += [
         Setting(modalities=points, candidates=candidates, fit=True),
         Setting(modalities=points, worse=half),

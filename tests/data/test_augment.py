@@ -1,7 +1,8 @@
-"""Parts of programs as targets: valid, asked for in the prompt, drawn by the seed, of known length."""
+"""Parts of programs as targets, and prompts without a caption: drawn by the seed, of known length."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from cad_mllm.data.augment import (
     removable_features,
     split_features,
 )
-from cad_mllm.data.collate import Batch
+from cad_mllm.data.collate import IGNORED, Batch
 from cad_mllm.data.index import Index, IndexReport, load_index
 from cad_mllm.data.loader import Step, StepLoader, pack_stage
+from cad_mllm.data.order import draw_captioned
 from cad_mllm.data.sequence import TextTokenizer, build_prompt, inner_ids, prompt_ids, target_ids
 
 from .conftest import SPEC, Folder
@@ -257,6 +259,97 @@ def test_packs_are_planned_for_the_parts_that_are_drawn(
     for step in augmented:
         assert step.supervised_tokens == sum(batch.num_supervised for batch in step.micro_batches)
         assert step.tokens == sum(int(batch.attention_mask_BT.sum()) for batch in step.micro_batches)
+
+
+# --- without a caption ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dropping(loader: Callable[..., StepLoader]) -> Callable[..., StepLoader]:
+    return partial(loader, augmentation=Augmentation(prefix=0.3, caption_dropout=0.5))
+
+
+def test_a_sample_without_caption_has_the_prompt_of_points_alone(
+    index: Index, tokenizer: TextTokenizer
+) -> None:
+    assert index.prompt(3, captioned=False) == prompt_ids(tokenizer, [""])[0]
+    assert bytes(index.prompt(3, PREFIX, captioned=False)).decode() == (
+        build_prompt("") + "Only the first 2 features.\n"
+    )
+    assert index.target(3) == target_ids(tokenizer, [index.record(3).target])[0]
+
+
+def test_captions_are_dropped_in_the_share_that_the_flag_says_and_anew_in_each_epoch() -> None:
+    ids = [f"s{n}" for n in range(3000)]
+    kept = [draw_captioned(3, 2, epoch, ids, 0.3) for epoch in range(2)]
+    assert kept[0].mean() == pytest.approx(0.7, abs=0.03)
+    assert (kept[0] != kept[1]).mean() == pytest.approx(2 * 0.3 * 0.7, abs=0.04)
+    assert draw_captioned(3, 2, 0, ids[7:8], 0.3) == kept[0][7:8]
+    assert draw_captioned(3, 2, 0, ids, 0.0).all() and not draw_captioned(3, 2, 0, ids, 1.0).any()
+
+
+def test_text_alone_keeps_its_caption(index: Index, loader: Callable[..., StepLoader]) -> None:
+    always = Augmentation(caption_dropout=1.0)
+    instruction = len(build_prompt(""))
+    for mix, shortened in (({"text": 1.0}, False), ({"text+points": 1.0}, True)):
+        for step in loader(augmentation=always, mix=mix, num_steps=3):
+            for batch in step.micro_batches:
+                prompts = (batch.attention_mask_BT.bool() & (batch.labels_BT == IGNORED)).sum(dim=1)
+                placeholders = SPEC.point_tokens if shortened else 0
+                bare = [int(count) - placeholders == instruction for count in prompts]
+                assert bare == [shortened] * len(bare)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_counts_of_a_step_know_which_captions_are_dropped(
+    packed: bool, index: Index, dropping: Callable[..., StepLoader]
+) -> None:
+    more: dict[str, object] = {}
+    if packed:
+        packs = pack_stage(
+            index,
+            SPEC,
+            seed=3,
+            stage=1,
+            mix={"text": 0.5, "text+points": 0.5},
+            epochs=4,
+            pack_tokens=700,
+            packs_per_step=2,
+            augmentation=Augmentation(prefix=0.3, caption_dropout=0.5),
+        )
+        more = {"packs": packs, "pack_tokens": 700, "num_steps": packs.num_steps}
+    steps = list(dropping(**more))
+    for step in steps:
+        assert step.supervised_tokens == sum(batch.num_supervised for batch in step.micro_batches)
+        assert step.tokens == sum(int(batch.attention_mask_BT.sum()) for batch in step.micro_batches)
+
+
+def test_without_captions_more_samples_fit_a_pack(index: Index) -> None:
+    def packs(dropout: float) -> int:
+        return pack_stage(
+            index,
+            SPEC,
+            seed=3,
+            stage=1,
+            mix={"text+points": 1.0},
+            epochs=8,
+            pack_tokens=700,
+            packs_per_step=1,
+            augmentation=Augmentation(caption_dropout=dropout),
+        ).num_steps
+
+    assert packs(1.0) < packs(0.0)
+
+
+def test_ranks_workers_and_resuming_change_no_dropped_caption(dropping: Callable[..., StepLoader]) -> None:
+    alone = rows(list(dropping()))
+    assert rows(list(dropping(num_workers=1))) == alone
+    assert rows(list(dropping(start_step=3))) == alone[12:]
+    pair = [rows(list(dropping(accumulation=1, world_size=2, rank=rank))) for rank in range(2)]
+    assert sorted(pair[0] + pair[1]) == sorted(alone)
+
+
+# --- whoever computes it ----------------------------------------------------------------------------------
 
 
 def test_ranks_workers_and_resuming_change_nothing(loader: Callable[..., StepLoader]) -> None:

@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from cad_mllm.cad.surface import Kernel
+from cad_mllm.cad.synth import Complexity
 from cad_mllm.data import dummy
 from cad_mllm.data.files import load_image, load_points
 from cad_mllm.data.index import build_index, load_index
@@ -53,6 +55,14 @@ def test_the_same_seed_gives_the_same_files_and_is_not_done_twice(tmp_path: Path
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")}
     write_dummy_data(tmp_path / "a", 3, seed=1, workers=1)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*")} == times
+
+
+@pytest.mark.usefixtures("no_worker_processes")
+def test_some_varied_parts_have_the_caption_of_a_model_that_nobody_described(tmp_path: Path) -> None:
+    write_dummy_data(tmp_path, 9, seed=1, workers=1, complexity=Complexity.VARIED)
+    entries = json.loads((tmp_path / "txt/0000.json").read_text())
+    assert len({entry["id"] for entry in entries}) == len(entries) == 9
+    assert Counter(entry["caption_source"] for entry in entries) == {"procedural": 7, "template": 2}
 
 
 @pytest.mark.usefixtures("no_worker_processes")

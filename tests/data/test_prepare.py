@@ -187,6 +187,41 @@ def test_given_captions_are_taken_over(json_root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_worker_processes")
+@pytest.mark.parametrize("in_place", [True, False])
+def test_models_that_nobody_described_get_a_caption_beside_the_given_ones(
+    in_place: bool, json_root: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    texts = out / "txt" if in_place else tmp_path / "captions"
+    texts.mkdir(parents=True)
+    given = {"id": IDS[0], CAPTION_KEY: "a part", "extra": 1}
+    (texts / "0000.json").write_text(json.dumps([given]))
+    run(json_root, out, txt_root=texts)
+    first, second = json.loads((out / "txt" / "0000.json").read_text())
+    (third,) = json.loads((out / "txt" / "0001.json").read_text())
+    assert first == given
+    assert [(one["id"], one["caption_source"]) for one in (second, third)] == [
+        (IDS[1], "template"),
+        (IDS[2], "template"),
+    ]
+    assert "extrusion" in second[CAPTION_KEY]
+    if in_place:
+        before = contents(out / "txt")
+        run(json_root, out, txt_root=texts)
+        assert contents(out / "txt") == before
+
+
+@pytest.mark.usefixtures("no_worker_processes")
+def test_captions_in_the_data_set_itself_are_never_lost(json_root: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "out" / "txt"
+    texts.mkdir(parents=True)
+    entries = [{"id": sample_id, CAPTION_KEY: "a part"} for sample_id in (IDS[0], "0000/not_yet_there")]
+    (texts / "0000.json").write_text(json.dumps(entries))
+    run(json_root, tmp_path / "out", txt_root=texts)
+    assert json.loads((texts / "0000.json").read_text())[:2] == entries
+
+
+@pytest.mark.usefixtures("no_worker_processes")
 def test_a_folder_can_be_completed_in_place(json_root: Path, prepared: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     for sample_id in IDS:
