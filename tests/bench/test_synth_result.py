@@ -39,7 +39,7 @@ def row(name: str, invalid: float = 0.0, cd: float | None = 1.0) -> Row:
 
 def test_every_row_has_a_folder_and_the_curves_find_theirs(tmp_path: Path) -> None:
     folders = [setting.folder for setting in settings(8)]
-    assert len(set(folders)) == len(folders) == 17
+    assert len(set(folders)) == len(folders) == 20
     assert folders[:3] == ["text+points", "text+points+image", "text"]
     for folder in folders:
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
