@@ -1,4 +1,4 @@
-"""Training on shards, augmented: begun on one rank and gone on with on two, it stays the same run."""
+"""Training on shards, augmented, with captions dropped: begun on one rank, gone on with on two, the same run."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.distributed
 
 def run_flags(data: Path, output_dir: Path, ranks: int) -> list[str]:
     more = {"start_from_stage": 3, "stage3_epochs": 4, "stage3_lr": 1e-3, "save_steps": STOP}
-    augmented = {"augment_prefix": 0.4, "augment_removal": 0.3, "num_workers": 1}
+    augmented = {"augment_prefix": 0.4, "augment_removal": 0.3, "caption_dropout": 0.5, "num_workers": 1}
     zero = None if ranks == 1 else "zero2_config"
     return flags(data, output_dir, ranks=ranks, zero=zero, resume_from_ckpt="auto", **more, **augmented)
 
