@@ -92,16 +92,13 @@ def rank_micro_batches(
     return [samples[j * batch_size : (j + 1) * batch_size] for j in numbers]
 
 
-def draw_combo(seed: int, stage: int, epoch: int, sample_id: str, mix: Mix) -> Combo:
-    """The modality combination of a sample in an epoch, by the shares of `mix` (normalised by their sum)."""
-    combos, drawn = draw_combos(seed, stage, epoch, [sample_id], mix)
-    return combos[int(drawn[0])]
-
-
 def draw_combos(
     seed: int, stage: int, epoch: int, sample_ids: Sequence[str], mix: Mix
 ) -> tuple[list[Combo], IntArray]:
-    """`draw_combo` for many samples: the combinations of the mix, and which of them each sample has."""
+    """The combinations of the mix, and which of them each sample (num_samples,) has in an epoch.
+
+    They are drawn by the shares of `mix`, normalised by their sum.
+    """
     combos = [combo for combo in MODALITIES if mix.get(combo, 0.0) > 0]
     assert combos, "a mix has at least one combination"
     if len(combos) == 1:

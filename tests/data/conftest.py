@@ -13,7 +13,8 @@ from cad_mllm.cad import omnicad, synth
 from cad_mllm.data import prepare
 from cad_mllm.data.index import Index, IndexReport, build_index, load_index
 from cad_mllm.data.layout import Source
-from cad_mllm.data.sequence import SequenceSpec, TextTokenizer
+from cad_mllm.data.order import draw_combos
+from cad_mllm.data.sequence import Combo, Mix, SequenceSpec, TextTokenizer
 from cad_mllm.data.stores import LooseFiles
 from cad_mllm.model.presets import byte_tokenizer
 
@@ -27,6 +28,12 @@ SPEC = SequenceSpec(
     max_seq_length=4096,
 )
 VIEWS = 2
+
+
+def draw_combo(seed: int, stage: int, epoch: int, sample_id: str, mix: Mix) -> Combo:
+    """What one sample alone is fed with."""
+    combos, drawn = draw_combos(seed, stage, epoch, [sample_id], mix)
+    return combos[int(drawn[0])]
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from cad_mllm.data import order
 from cad_mllm.data.sequence import Combo, Mix
 
+from .conftest import draw_combo
+
 STAGE_3: Mix = {"text": 0.2, "text+points": 0.3, "text+image": 0.2, "text+points+image": 0.3}
 
 
@@ -69,7 +71,7 @@ def test_any_number_of_ranks_sees_the_same_micro_batches(world_size: int, accumu
 
 
 def test_the_shares_of_a_mix_are_met() -> None:
-    drawn = Counter(order.draw_combo(1, 3, 0, f"0000/{n:08d}", STAGE_3) for n in range(20_000))
+    drawn = Counter(draw_combo(1, 3, 0, f"0000/{n:08d}", STAGE_3) for n in range(20_000))
     assert {combo: count / 20_000 for combo, count in drawn.items()} == pytest.approx(
         dict(STAGE_3), abs=0.012
     )
@@ -77,16 +79,16 @@ def test_the_shares_of_a_mix_are_met() -> None:
 
 def test_a_combination_without_share_is_never_drawn() -> None:
     mix: Mix = {"text": 0.0, "text+points": 1.0}
-    assert {order.draw_combo(1, 2, 0, str(n), mix) for n in range(500)} == {"text+points"}
+    assert {draw_combo(1, 2, 0, str(n), mix) for n in range(500)} == {"text+points"}
 
 
 def test_a_draw_depends_on_seed_stage_epoch_and_id_alone() -> None:
     def combos(seed: int = 1, stage: int = 3, epoch: int = 0, mix: Mix = STAGE_3) -> list[Combo]:
-        return [order.draw_combo(seed, stage, epoch, str(n), mix) for n in range(64)]
+        return [draw_combo(seed, stage, epoch, str(n), mix) for n in range(64)]
 
     reordered: Mix = dict(reversed(STAGE_3.items()))
     assert combos() == combos(mix=reordered)
-    assert combos()[5] == order.draw_combo(1, 3, 0, "5", STAGE_3)
+    assert combos()[5] == draw_combo(1, 3, 0, "5", STAGE_3)
     assert len({tuple(combos(**change)) for change in ({}, {"seed": 2}, {"stage": 2}, {"epoch": 1})}) == 4
 
 

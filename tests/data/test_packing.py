@@ -14,6 +14,8 @@ from cad_mllm.data import order
 from cad_mllm.data.order import IntArray
 from cad_mllm.data.packing import PackPlan, plan_packs
 
+from .conftest import draw_combo
+
 REAL = json.loads((Path(bench.__file__).parent / "lengths.json").read_text())
 MAX_SEQ_LENGTH = 2048
 PLACEHOLDERS, SHARES = (0, 257, 256, 513), (0.2, 0.3, 0.2, 0.3)
@@ -158,5 +160,5 @@ def test_many_draws_are_those_of_one_sample_each() -> None:
     mix = {"text": 0.2, "text+points": 0.3, "text+image": 0.2, "text+points+image": 0.3}
     ids = [f'0000/{number:08d}_00001 ä"' for number in range(50)]
     combos, drawn = order.draw_combos(7, 3, 2, ids, mix)  # type: ignore[arg-type]
-    assert [combos[d] for d in drawn] == [order.draw_combo(7, 3, 2, i, mix) for i in ids]  # type: ignore[arg-type]
-    assert order.draw_combo(7, 3, 2, "0000/00000350_00007", mix) == "text+points"  # type: ignore[arg-type]
+    assert [combos[d] for d in drawn] == [draw_combo(7, 3, 2, i, mix) for i in ids]  # type: ignore[arg-type]
+    assert draw_combo(7, 3, 2, "0000/00000350_00007", mix) == "text+points"  # type: ignore[arg-type]

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from cad_mllm.data.layout import Source
-from cad_mllm.data.order import draw_combo, rank_micro_batches, step_samples
+from cad_mllm.data.order import rank_micro_batches, step_samples
 from cad_mllm.model import presets
 from cad_mllm.settings import parse_train_args
 from cad_mllm.train.stages import plan
+from tests.data.conftest import draw_combo
 from tests.distributed.conftest import NUM_SAMPLES
 from tests.distributed.ranks import run_ranks
 from tests.distributed.runs import distance, flags, losses, weights

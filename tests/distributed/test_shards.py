@@ -1,4 +1,4 @@
-"""Training on shards, augmented, with captions dropped: begun on one rank, gone on with on two, the same run."""
+"""Training on shards, augmented, with captions dropped: begun on one rank and gone on with on two, one run."""
 
 import json
 import shutil
