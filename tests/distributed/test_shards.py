@@ -1,4 +1,4 @@
-"""Training on shards, augmented, with captions dropped: begun on one rank and gone on with on two, one run."""
+"""Shards, augmented, captions dropped: begun on one rank and gone on with on two, it stays the same run."""
 
 import json
 import shutil
