@@ -62,6 +62,14 @@ def test_nothing_is_named_where_nothing_is_missing() -> None:
     assert done.stdout.strip() == ""
 
 
+def test_a_library_is_found_however_many_come_after_it(tmp_path: Path) -> None:
+    ldconfig = tmp_path / "ldconfig"
+    ldconfig.write_text("#!/bin/sh\necho libGL.so.1\necho libX11.so.6\nseq 200000\n")
+    ldconfig.chmod(0o755)
+    done = prerequisites("--missing", env={"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"})
+    assert not {"libgl1", "libx11-6"} & set(done.stdout.split())
+
+
 def test_every_dependency_is_pinned_to_a_plain_version() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = dict(line.split("==") for line in lines)
