@@ -27,7 +27,7 @@ from cad_mllm.data.atomic import atomic_path
 from cad_mllm.errors import CheckpointError
 from cad_mllm.model.names import stored_name
 from cad_mllm.train.engine import Engine
-from cad_mllm.train.optim import MOMENTS, Flat, set_step
+from cad_mllm.train.optim import MOMENTS, Flat, replay_steps, set_step
 
 COMPLETE = "COMPLETE"
 STATE = "state.json"
@@ -227,6 +227,7 @@ def load(folder: Path, engine: Engine, state: CheckpointState) -> None:
                 optimizer_state[key] = torch.zeros_like(flat.master)
                 _read_flat(reader, flat, optimizer_state[key], key)
             set_step(engine.optimizer, flat, state.steps_by_group.get(flat.group, 0))
+        replay_steps(engine.optimizer, engine.flats)
     engine.refresh()
 
 

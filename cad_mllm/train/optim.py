@@ -64,6 +64,31 @@ def set_step(optimizer: torch.optim.Optimizer, flat: Flat, step: int) -> None:
         state["step"] = step
 
 
+def replay_steps(optimizer: torch.optim.Optimizer, flats: Sequence[Flat]) -> None:
+    """Bring what DeepSpeed's CPU Adam keeps beside its state to where the steps of these buffers left it.
+
+    The C++ object holds the powers of the betas in fp32, for all buffers: multiplied on where a call's step
+    follows that of the call before, taken anew by `pow` elsewhere. Both round; early in a run 1 - beta2^step
+    then differs by 1e-5 of itself, and so do the updates. So the calls of the run so far are made again, on a
+    number that does not move: some microseconds each. A buffer that has seen fewer steps than others counted
+    on with them until its moments were made fresh.
+    """
+    adam: Any = optimizer
+    if not hasattr(adam, "ds_opt_adam"):
+        return
+    steps = [get_step(optimizer, flat) for flat in flats]
+    last = max(steps, default=0)
+    (beta1, beta2), eps = adam.param_groups[0]["betas"], adam.param_groups[0]["eps"]
+    number, grad, exp_avg, exp_avg_sq = torch.zeros(4, 1)
+    for now in range(1, last + 1):
+        for step in steps:
+            then = step - (last - now)
+            adam.ds_opt_adam.adam_update(
+                adam.opt_id, then if then > 0 else now, 0.0, beta1, beta2, eps,
+                0.0, True, number, grad, exp_avg, exp_avg_sq,
+            )  # fmt: skip
+
+
 def get_step(optimizer: torch.optim.Optimizer, flat: Flat) -> int:
     """How many updates this buffer has seen since its moments were fresh."""
     return int(optimizer.state[flat.master].get("step", 0))

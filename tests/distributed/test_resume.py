@@ -58,7 +58,7 @@ def outputs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("engine", ["plain", "zero2_config", "zero3_config"])
+@pytest.mark.parametrize("engine", RANKS)
 def test_resume_is_bit_for_bit(outputs: Path, engine: str) -> None:
     straight, resumed = outputs / engine, outputs / f"{engine}-resumed"
     assert len(losses(straight)) == STEPS
@@ -66,12 +66,6 @@ def test_resume_is_bit_for_bit(outputs: Path, engine: str) -> None:
     end, resumed_end = weights(straight, STEPS), weights(resumed, STEPS)
     assert end.keys() == resumed_end.keys()
     assert all(torch.equal(resumed_end[name], end[name]) for name in end)
-
-
-def test_resume_with_offload_is_as_exact_as_the_compiled_adam(outputs: Path) -> None:
-    straight, resumed = outputs / "zero3_offload", outputs / "zero3_offload-resumed"
-    assert losses(resumed) == pytest.approx(losses(straight), rel=1e-5)
-    assert distance(weights(resumed, STEPS), weights(straight, STEPS)) < 1e-5
 
 
 def test_a_zero2_checkpoint_of_two_ranks_goes_on_in_one_process_without_deepspeed(outputs: Path) -> None:
