@@ -208,7 +208,7 @@ def loader(index: Index, tokenizer: TextTokenizer) -> Callable[..., StepLoader]:
             "num_workers": 0,
             "start_step": 0,
             "num_steps": 6,
-            "augmentation": Augmentation(prefix=0.4, removal=0.4),
+            "augmentation": WHOLE,
         }
         return StepLoader(index, tokenizer, SPEC, **(settings | changes))  # type: ignore[arg-type]
 
@@ -226,19 +226,29 @@ def rows(steps: list[Step]) -> list[tuple[str, list[int]]]:
     return [row for step in steps for batch in step.micro_batches for row in of(batch)]
 
 
-def test_the_counts_of_a_step_are_those_of_its_batches(loader: Callable[..., StepLoader]) -> None:
-    whole = list(loader(augmentation=Augmentation()))
-    augmented = list(loader())
+EITHER = pytest.mark.parametrize(
+    "augmentation", [Augmentation(prefix=0.5, removal=0.5, caption_dropout=dropout) for dropout in (0.0, 0.5)]
+)
+"""Parts alone; and parts some of which have no caption."""
+
+
+@EITHER
+def test_the_counts_of_a_step_are_those_of_its_batches(
+    augmentation: Augmentation, loader: Callable[..., StepLoader]
+) -> None:
+    whole = list(loader(augmentation=WHOLE))
+    augmented = list(loader(augmentation=augmentation))
     assert sum(step.tokens for step in augmented) < sum(step.tokens for step in whole)
     for step in augmented:
         assert step.supervised_tokens == sum(batch.num_supervised for batch in step.micro_batches)
         assert step.tokens == sum(int(batch.attention_mask_BT.sum()) for batch in step.micro_batches)
 
 
-def test_packs_are_planned_for_the_parts_that_are_drawn(
-    index: Index, loader: Callable[..., StepLoader]
+@EITHER
+def test_packs_are_planned_for_the_samples_as_they_are_drawn(
+    augmentation: Augmentation, index: Index, loader: Callable[..., StepLoader]
 ) -> None:
-    def steps(augmentation: Augmentation) -> list[Step]:
+    def steps(drawn: Augmentation) -> list[Step]:
         packs = pack_stage(
             index,
             SPEC,
@@ -248,13 +258,11 @@ def test_packs_are_planned_for_the_parts_that_are_drawn(
             epochs=4,
             pack_tokens=700,
             packs_per_step=2,
-            augmentation=augmentation,
+            augmentation=drawn,
         )
-        return list(
-            loader(packs=packs, pack_tokens=700, num_steps=packs.num_steps, augmentation=augmentation)
-        )
+        return list(loader(packs=packs, pack_tokens=700, num_steps=packs.num_steps, augmentation=drawn))
 
-    augmented, whole = steps(Augmentation(prefix=0.5, removal=0.5)), steps(WHOLE)
+    augmented, whole = steps(augmentation), steps(WHOLE)
     assert len(augmented) < len(whole)  # shorter samples, more of them in a pack
     for step in augmented:
         assert step.supervised_tokens == sum(batch.num_supervised for batch in step.micro_batches)
@@ -262,11 +270,6 @@ def test_packs_are_planned_for_the_parts_that_are_drawn(
 
 
 # --- without a caption ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def dropping(loader: Callable[..., StepLoader]) -> Callable[..., StepLoader]:
-    return partial(loader, augmentation=Augmentation(prefix=0.3, caption_dropout=0.5))
 
 
 def test_a_sample_without_caption_has_the_prompt_of_points_alone(
@@ -300,30 +303,6 @@ def test_text_alone_keeps_its_caption(index: Index, loader: Callable[..., StepLo
                 assert bare == [shortened] * len(bare)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_the_counts_of_a_step_know_which_captions_are_dropped(
-    packed: bool, index: Index, dropping: Callable[..., StepLoader]
-) -> None:
-    more: dict[str, object] = {}
-    if packed:
-        packs = pack_stage(
-            index,
-            SPEC,
-            seed=3,
-            stage=1,
-            mix={"text": 0.5, "text+points": 0.5},
-            epochs=4,
-            pack_tokens=700,
-            packs_per_step=2,
-            augmentation=Augmentation(prefix=0.3, caption_dropout=0.5),
-        )
-        more = {"packs": packs, "pack_tokens": 700, "num_steps": packs.num_steps}
-    steps = list(dropping(**more))
-    for step in steps:
-        assert step.supervised_tokens == sum(batch.num_supervised for batch in step.micro_batches)
-        assert step.tokens == sum(int(batch.attention_mask_BT.sum()) for batch in step.micro_batches)
-
-
 def test_without_captions_more_samples_fit_a_pack(index: Index) -> None:
     def packs(dropout: float) -> int:
         return pack_stage(
@@ -341,22 +320,18 @@ def test_without_captions_more_samples_fit_a_pack(index: Index) -> None:
     assert packs(1.0) < packs(0.0)
 
 
-def test_ranks_workers_and_resuming_change_no_dropped_caption(dropping: Callable[..., StepLoader]) -> None:
-    alone = rows(list(dropping()))
-    assert rows(list(dropping(num_workers=1))) == alone
-    assert rows(list(dropping(start_step=3))) == alone[12:]
-    pair = [rows(list(dropping(accumulation=1, world_size=2, rank=rank))) for rank in range(2)]
-    assert sorted(pair[0] + pair[1]) == sorted(alone)
-
-
 # --- whoever computes it ----------------------------------------------------------------------------------
 
 
-def test_ranks_workers_and_resuming_change_nothing(loader: Callable[..., StepLoader]) -> None:
-    alone = rows(list(loader()))
-    assert rows(list(loader(num_workers=1))) == alone
-    assert rows(list(loader(start_step=3))) == alone[12:]
-    pair = [rows(list(loader(accumulation=1, world_size=2, rank=rank))) for rank in range(2)]
+@EITHER
+def test_ranks_workers_and_resuming_change_nothing(
+    augmentation: Augmentation, loader: Callable[..., StepLoader]
+) -> None:
+    augmented = partial(loader, augmentation=augmentation)
+    alone = rows(list(augmented()))
+    assert rows(list(augmented(num_workers=1))) == alone
+    assert rows(list(augmented(start_step=3))) == alone[12:]
+    pair = [rows(list(augmented(accumulation=1, world_size=2, rank=rank))) for rank in range(2)]
     assert sorted(pair[0] + pair[1]) == sorted(alone)
 
 
