@@ -1,5 +1,6 @@
 """The `cad-mllm` command: which subcommands there are, and one exit code per kind of mistake."""
 
+import errno
 import logging
 import os
 import re
@@ -17,6 +18,8 @@ _BUG = 1
 _LOST_BY_GLOO = re.compile(r"gloo/transport|connectFullMesh|Connection (closed|reset) by peer|Broken pipe")
 _MISUSE_OF_NCCL = re.compile(r"ncclInvalid(Usage|Argument)")
 _OUT_OF_MEMORY = re.compile(r"out of memory", re.IGNORECASE)
+_DISK_FAULTS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE})
+"""Full, over its quota, turned read-only, broken, or gone: wherever it was met, it is no bug."""
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -62,7 +65,7 @@ def run_and_exit(body: Callable[[], int]) -> NoReturn:
 
     The last line of each rank states its code where a launcher set RANK: torchrun and deepspeed
     turn every failure into 1. A bug keeps its traceback and exits with 1. What torch raises for a lost peer
-    or a full GPU is no bug: it has codes of its own.
+    or a full GPU is no bug, nor is a full disk: they have codes of their own.
     """
     prefix = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     logging.setLogRecordFactory(_LogRecord)
@@ -75,7 +78,7 @@ def run_and_exit(body: Callable[[], int]) -> NoReturn:
         print(f"{prefix}interrupted", file=sys.stderr)
         code = _INTERRUPTED
     except Exception as error:
-        known = _known_to_torch(error)
+        known = _of_the_disk(error) or _known_to_torch(error)
         if known is None:
             print(without_credentials(traceback.format_exc()), file=sys.stderr, end="")
             code = _BUG
@@ -96,6 +99,17 @@ class _LogRecord(logging.LogRecord):
 
     def getMessage(self) -> str:  # noqa: N802 (logging's name)
         return without_credentials(super().getMessage())
+
+
+def _of_the_disk(error: Exception) -> tuple[ExitCode, str] | None:
+    """Code and line for a disk that is full or gone; None for everything else."""
+    if not isinstance(error, OSError) or error.errno not in _DISK_FAULTS:
+        return None
+    place = f" ({error.filename})" if error.filename else ""
+    return ExitCode.PREFLIGHT, (
+        f"a disk failed: {error.strerror}{place}. Free some of it, mend its mount, or name a folder "
+        "elsewhere, then give the command again"
+    )
 
 
 def _known_to_torch(error: Exception) -> tuple[ExitCode, str] | None:
