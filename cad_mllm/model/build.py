@@ -25,7 +25,7 @@ from transformers.utils import is_flash_attn_2_available
 from cad_mllm.config import ModelConfig
 from cad_mllm.errors import ConfigError
 from cad_mllm.model import presets
-from cad_mllm.model.attention import BY_SAMPLE, BY_SAMPLE_FA2
+from cad_mllm.model.attention import BY_SAMPLE, BY_SAMPLE_FA2, BY_SAMPLE_FA4, has_flash_attention_4
 from cad_mllm.model.encoders import (
     SYNTHETIC,
     EncoderNames,
@@ -45,8 +45,6 @@ from cad_mllm.model.seeding import digest, private_rng
 ADAPTER_NAME = "default"
 _LOGIT_SCALINGS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Where configurations of transformers say that logits are more than what the head gives."""
-_PACKED_ATTENTION = {"sdpa": BY_SAMPLE, "flash_attention_2": BY_SAMPLE_FA2}
-"""What takes their place for packed rows. The eager one builds a mask of T x T then."""
 _LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError)
 """What transformers raises for files that are missing, incomplete or of another kind."""
 
@@ -168,6 +166,8 @@ def _build(
         fuse_norms(lm)
         if has_liger() and use_liger(lm):
             notes.append("gates and rotary embeddings: Liger's kernels")
+        if lm.config._attn_implementation == BY_SAMPLE_FA4:
+            notes.append("attention of packed rows: flash-attn 4")
     if config.use_gradient_checkpointing:
         recomputed, layers = _checkpoint_activations(lm, recomputed_layers)
         notes.append(f"gradient checkpointing: {recomputed} of {layers} layers are recomputed")
@@ -262,6 +262,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _packed_attention(implementation: str) -> str:
+    """What takes an implementation's place for packed rows. The eager one builds a mask of T x T then."""
+    match implementation:
+        case "sdpa":
+            return BY_SAMPLE
+        case "flash_attention_2":
+            return BY_SAMPLE_FA4 if has_flash_attention_4() else BY_SAMPLE_FA2
+    return implementation
+
+
 def _load_lm(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, source: LmSource | None, packed: bool
 ) -> PreTrainedModel:
@@ -269,7 +279,7 @@ def _load_lm(
     name = config.llm_model_name if exported is None else str(exported)
     attention: str = config.attn_implementation
     if packed:
-        attention = _PACKED_ATTENTION.get(attention, attention)
+        attention = _packed_attention(attention)
     if name in presets.ON_THE_SPOT:
         return presets.on_the_spot(name, dtype, attention)
     if name == presets.QWEN3_8B_RANDOM:

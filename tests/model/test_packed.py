@@ -1,16 +1,23 @@
 """Samples in one row do not see each other: loss and gradients are those of the samples alone."""
 
+import sys
 from functools import cache
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import is_flash_attn_2_available
 
 from cad_mllm.data.collate import Sample, collate, pack
 from cad_mllm.data.sequence import SequenceSpec
 from cad_mllm.errors import ConfigError
+from cad_mllm.model.attention import (
+    attention_by_sample,
+    flash_attention_4_by_sample,
+    has_flash_attention_4,
+)
 from cad_mllm.model.build import Built, build_model, check_attention
 from cad_mllm.train.rehearsal import PROJECTORS, micro_batch_loss
 from tests.model.conftest import CPU, Case, shake, tiny_config
@@ -180,3 +187,56 @@ def test_on_a_gpu_a_pack_learns_what_its_samples_learn_alone(attention: str) -> 
         )
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
     assert torch.nn.functional.cosine_similarity(*grads, dim=0) > 0.99
+
+
+def test_flash_attention_4_gets_the_borders_by_name_and_no_short_tile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In place of the package: attention sample by sample, for which its signature stands."""
+
+    def varlen(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        qv: Tensor | None = None,
+        *,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        softmax_scale: float | None,
+        causal: bool,
+        window_size: tuple[int | None, int | None],
+        softcap: float,
+    ) -> tuple[Tensor, None]:
+        assert qv is None and causal and window_size == (None, None) and softcap == 0
+        assert max_seqlen_q == max_seqlen_k == 256  # the longest here has 7
+        assert q.shape[1] == 2 * k.shape[1]  # grouped heads go in as they are
+        query, key, value = (t.transpose(0, 1)[None] for t in (q, k, v))
+        out, _ = attention_by_sample(
+            nn.Module(),
+            query,
+            key,
+            value,
+            None,
+            scaling=softmax_scale,
+            cu_seq_lens_q=cu_seqlens_q,
+            max_length_q=7,
+        )
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        return out[0], None
+
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    cute = ModuleType("flash_attn.cute")
+    cute.flash_attn_varlen_func = varlen  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", cute)
+    query, key, value = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
+    borders = torch.tensor([0, 5, 12], dtype=torch.int32)
+    given = {"scaling": 0.3, "cu_seq_lens_q": borders, "max_length_q": 7}
+    ours, _ = flash_attention_4_by_sample(nn.Module(), query, key, value, None, **given)  # type: ignore[arg-type]
+    reference, _ = attention_by_sample(nn.Module(), query, key, value, None, **given)  # type: ignore[arg-type]
+    assert torch.equal(ours, reference)
+
+
+def test_flash_attention_4_is_not_looked_for_without_its_gpu() -> None:
+    assert torch.cuda.is_available() or not has_flash_attention_4()
