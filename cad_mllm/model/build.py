@@ -37,7 +37,14 @@ from cad_mllm.model.encoders import (
     resolve_names,
 )
 from cad_mllm.model.image_encoder import IMAGE_MEAN, IMAGE_STD, unfreeze
-from cad_mllm.model.kernels import FusedLoraLinear, fuse_norms, has_liger, settle_attention, use_liger
+from cad_mllm.model.kernels import (
+    FusedLoraLinear,
+    fuse_norms,
+    has_liger,
+    settle_attention,
+    share_inputs,
+    use_liger,
+)
 from cad_mllm.model.multimodal import MultimodalLM
 from cad_mllm.model.projectors import EncodedProjector, build_projector
 from cad_mllm.model.seeding import digest, private_rng
@@ -365,6 +372,7 @@ def _add_lora(lm: PreTrainedModel, config: ModelConfig, *, seed: int, fused: boo
         # peft asks transformers by a name that is being replaced.
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         wrapped: nn.Module = get_peft_model(lm, lora, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+    share_inputs(wrapped)
     dtype = torch_dtype(config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in wrapped.named_parameters():

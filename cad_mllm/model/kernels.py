@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -27,6 +27,8 @@ _NORMS, _MLPS, _ATTENTIONS = (
     {f"{family}{part}" for family in _FAMILIES} for part in ("RMSNorm", "MLP", "Attention")
 )
 _NORMS_OF_HEADS = ("q_norm", "k_norm")
+_SHARING_OF_ATTENTION = ("q_proj", "k_proj", "v_proj")
+_SHARING_OF_MLP = ("gate_proj", "up_proj")
 _SILU = ("silu", "swish")
 _ROTARY = "apply_rotary_pos_emb"
 
@@ -38,61 +40,131 @@ class FusedLoraLinear(PeftLinear):  # type: ignore[misc]
     gradients of the input in another.
     """
 
+    _shared: "_SharedInput | None" = None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., I) to (..., O)."""
-        names = self.active_adapters
-        usual = len(names) == 1 and names[0] in self.lora_A and names[0] not in self.lora_variant
-        if not usual or self.disable_adapters or self.merged or args or kwargs:
+        if args or kwargs or not self.is_usual:
             out: Tensor = super().forward(x, *args, **kwargs)
             return out
-        (name,) = names
-        base = self.base_layer
-        x_TI = x.flatten(0, -2)
-        out_TO: Tensor = _AdaptedProduct.apply(
-            x_TI,
-            base.weight,
-            base.bias,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
-            self.scaling[name],
-        )
-        return out_TO.view(*x.shape[:-1], -1)
+        return _adapted_products((self,), x)[0] if self._shared is None else self._shared.product(self, x)
+
+    @property
+    def is_usual(self) -> bool:
+        """One plain adapter, switched on, not merged."""
+        names = self.active_adapters
+        usual = len(names) == 1 and names[0] in self.lora_A and names[0] not in self.lora_variant
+        return usual and not self.disable_adapters and not self.merged
 
 
-class _AdaptedProduct(torch.autograd.Function):
-    """x W^T + bias + scale (x A^T) B^T, for a frozen W and bias."""
+def share_inputs(lm: nn.Module) -> None:
+    """Compute the layers of an LM that have one input together: queries, keys and values; gate and up.
+
+    Their gradients of it are added within the matrix multiplications, and their adapters read it once.
+    """
+    for module in lm.modules():
+        kind = type(module).__name__
+        names = _SHARING_OF_ATTENTION if kind in _ATTENTIONS else _SHARING_OF_MLP if kind in _MLPS else ()
+        children = (getattr(module, name, None) for name in names)
+        layers = tuple(layer for layer in children if isinstance(layer, FusedLoraLinear))
+        if len(layers) > 1:
+            shared = _SharedInput(layers)
+            for layer in layers:
+                layer._shared = shared
+
+
+class _SharedInput:
+    """Layers that are called with the same tensor one after the other: the first computes for all."""
+
+    def __init__(self, layers: Sequence[FusedLoraLinear]) -> None:
+        self._layers = layers
+        self._x: Tensor | None = None
+        self._ready: dict[FusedLoraLinear, Tensor] = {}
+
+    def product(self, layer: FusedLoraLinear, x: Tensor) -> Tensor:
+        """Of `layer` alone."""
+        if layer is self._layers[0] and all(other.is_usual for other in self._layers):
+            first, *rest = _adapted_products(self._layers, x)
+            self._x, self._ready = x, dict(zip(self._layers[1:], rest, strict=True))
+            return first
+        if x is not self._x or layer not in self._ready:
+            return _adapted_products((layer,), x)[0]
+        out = self._ready.pop(layer)
+        if not self._ready:
+            self._x = None
+        return out
+
+
+def _adapted_products(layers: Sequence[FusedLoraLinear], x: Tensor) -> list[Tensor]:
+    """Each layer of (..., I): (..., O)."""
+    names = [layer.active_adapters[0] for layer in layers]
+    named = list(zip(layers, names, strict=True))
+    outs = _AdaptedProducts.apply(
+        x.flatten(0, -2),
+        tuple(layer.scaling[name] for layer, name in named),
+        *(layer.base_layer.weight for layer in layers),
+        *(layer.base_layer.bias for layer in layers),
+        *(layer.lora_A[name].weight for layer, name in named),
+        *(layer.lora_B[name].weight for layer, name in named),
+    )
+    return [out_TO.view(*x.shape[:-1], -1) for out_TO in outs]
+
+
+class _AdaptedProducts(torch.autograd.Function):
+    """x W^T + bias + scale (x A^T) B^T for each of N frozen W and biases with their A, B and scales."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x_TI: Tensor,
-        weight_OI: Tensor,
-        bias_O: Tensor | None,
-        a_RI: Tensor,
-        b_OR: Tensor,
-        scale: float,
-    ) -> Tensor:
-        assert not any(ctx.needs_input_grad[1:3]), "the layer under an adapter is frozen"
-        out_TO = x_TI @ weight_OI.t() if bias_O is None else torch.addmm(bias_O, x_TI, weight_OI.t())
-        reduced_TR = x_TI @ a_RI.t()
-        ctx.save_for_backward(x_TI, weight_OI, a_RI, b_OR, reduced_TR)
-        ctx.scale = scale
-        return out_TO.addmm_(reduced_TR, b_OR.t(), alpha=scale)
+    def forward(ctx: Any, x_TI: Tensor, scales: tuple[float, ...], *parameters: Any) -> tuple[Tensor, ...]:
+        count = len(scales)
+        assert not any(ctx.needs_input_grad[2 : 2 + 2 * count]), "the layer under an adapter is frozen"
+        weights, biases, a, b = (parameters[n * count : (n + 1) * count] for n in range(4))
+        ctx.ranks = [a_RI.shape[0] for a_RI in a]
+        ctx.scales = scales
+        # The adapters of all layers stand one under the other: N * R rows.
+        reduced = x_TI @ _together(a).t()
+        outs = []
+        parts = reduced.split(ctx.ranks, dim=1)
+        for weight_OI, bias_O, b_OR, part_TR, scale in zip(weights, biases, b, parts, scales, strict=True):
+            out_TO = x_TI @ weight_OI.t() if bias_O is None else torch.addmm(bias_O, x_TI, weight_OI.t())
+            outs.append(out_TO.addmm_(part_TR, b_OR.t(), alpha=scale))
+        ctx.save_for_backward(x_TI, reduced, *weights, *a, *b)
+        return tuple(outs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, weight_OI, a_RI, b_OR, reduced_TR = ctx.saved_tensors
-        needs_x, _, _, needs_a, needs_b, _ = ctx.needs_input_grad
-        grad_x_TI = grad_a_RI = grad_b_OR = None
-        grad_reduced_TR = (grad_TO @ b_OR).mul_(ctx.scale)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(grads)
+        x_TI, reduced, *parameters = ctx.saved_tensors
+        weights, a, b = (parameters[n * count : (n + 1) * count] for n in range(3))
+        needs_x, needs_a, needs_b = (ctx.needs_input_grad[n] for n in (0, 2 + 2 * count, 2 + 3 * count))
+        grad_reduced = torch.empty_like(reduced)
+        for grad_TO, b_OR, part_TR, scale in zip(
+            grads, b, grad_reduced.split(ctx.ranks, dim=1), ctx.scales, strict=True
+        ):
+            torch.addmm(part_TR, grad_TO, b_OR, beta=0, alpha=scale, out=part_TR)
+        grad_x_TI = None
         if needs_x:
-            grad_x_TI = (grad_TO @ weight_OI).addmm_(grad_reduced_TR, a_RI)
+            grad_x_TI = grads[0] @ weights[0]
+            for grad_TO, weight_OI in zip(grads[1:], weights[1:], strict=True):
+                grad_x_TI.addmm_(grad_TO, weight_OI)
+            grad_x_TI.addmm_(grad_reduced, _together(a))
+        grads_a: Sequence[Tensor | None] = [None] * count
+        grads_b: Sequence[Tensor | None] = [None] * count
         if needs_a:
-            grad_a_RI = grad_reduced_TR.t() @ x_TI
+            grads_a = (grad_reduced.t() @ x_TI).split(ctx.ranks)
         if needs_b:
-            grad_b_OR = (grad_TO.t() @ reduced_TR).mul_(ctx.scale)
-        return grad_x_TI, None, None, grad_a_RI, grad_b_OR, None
+            grads_b = [
+                torch.addmm(b_OR, grad_TO.t(), part_TR, beta=0, alpha=scale)
+                for b_OR, grad_TO, part_TR, scale in zip(
+                    b, grads, reduced.split(ctx.ranks, dim=1), ctx.scales, strict=True
+                )
+            ]
+        return grad_x_TI, None, *[None] * (2 * count), *grads_a, *grads_b
+
+
+def _together(adapters: Sequence[Tensor]) -> Tensor:
+    """(R, I) of each, one under the other; a single one as it is."""
+    return adapters[0] if len(adapters) == 1 else torch.cat(tuple(adapters))
 
 
 def settle_attention() -> None:

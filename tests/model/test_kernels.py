@@ -1,7 +1,7 @@
 """Fewer kernels compute the same: adapters as peft has them, layers as transformers has them."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers.models.qwen3 import modeling_qwen3
 
-from cad_mllm.model import presets
-from cad_mllm.model.kernels import FusedLoraLinear, fuse_norms, has_liger, use_liger
+from cad_mllm.model import kernels, presets
+from cad_mllm.model.kernels import FusedLoraLinear, fuse_norms, has_liger, share_inputs, use_liger
 
 
 class TwoLayers(nn.Module):
@@ -71,6 +71,76 @@ def test_a_merged_adapter_gives_the_same(model: nn.Module) -> None:
     before = wrapped(x)
     wrapped.merge_adapter()  # type: ignore[operator]
     torch.testing.assert_close(wrapped(x), before)
+
+
+def adapted_lm(*, fused: bool) -> nn.Module:
+    lm = presets.on_the_spot("tiny", torch.float64, "sdpa")
+    lora = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", bias="none", task_type="CAUSAL_LM")
+    if fused:
+        lora._register_custom_module({nn.Linear: FusedLoraLinear})
+    wrapped: nn.Module = get_peft_model(lm, lora, autocast_adapter_dtype=False)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 9
+    if fused:
+        share_inputs(wrapped)
+    return wrapped
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers were computed together, product by product."""
+    seen: list[int] = []
+    compute = kernels._adapted_products
+
+    def counted(layers: Sequence[FusedLoraLinear], x: Tensor) -> list[Tensor]:
+        seen.append(len(layers))
+        return compute(layers, x)
+
+    monkeypatch.setattr(kernels, "_adapted_products", counted)
+    return seen
+
+
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
+def test_layers_with_one_input_are_computed_together_and_give_what_pefts_give(
+    products: list[int], recomputed: bool
+) -> None:
+    tokens = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(0))
+    found = []
+    for fused in (True, False):
+        lm = adapted_lm(fused=fused)
+        if recomputed:
+            lm.train()
+            lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        found.append(losses_and_gradients(lm, tokens))
+    for ours, peft in zip(*found, strict=True):
+        torch.testing.assert_close(ours, peft)
+    layers = lm.config.num_hidden_layers  # type: ignore[union-attr]
+    assert products[:4] == [3, 1, 2, 1]  # queries, keys, values; output; gate, up; down
+    assert len(products) == 4 * layers * (1 + recomputed)
+
+
+def test_a_layer_whose_sibling_has_its_adapter_off_is_computed_alone(products: list[int]) -> None:
+    lm, tokens = adapted_lm(fused=True), torch.randint(0, 256, (1, 9))
+    for name, module in lm.named_modules():
+        if name.endswith("v_proj") and isinstance(module, FusedLoraLinear):
+            module.enable_adapters(False)
+    ours = lm(tokens, use_cache=False).logits
+    assert products[:4] == [1, 1, 1, 2]  # queries; keys; output; gate, up
+    peft = adapted_lm(fused=False)
+    for name, module in peft.named_modules():
+        if name.endswith("v_proj") and hasattr(module, "enable_adapters"):
+            module.enable_adapters(False)
+    torch.testing.assert_close(ours, peft(tokens, use_cache=False).logits)
+
+
+def test_nothing_of_a_step_is_kept_between_layers() -> None:
+    lm, tokens = adapted_lm(fused=True), torch.randint(0, 256, (1, 9))
+    lm(tokens, use_cache=False)
+    shared = {m._shared for m in lm.modules() if isinstance(m, FusedLoraLinear) and m._shared is not None}
+    assert len(shared) == 2 * lm.config.num_hidden_layers  # type: ignore[union-attr, operator]
+    assert all(one._x is None and not one._ready for one in shared)
 
 
 @pytest.fixture
