@@ -66,11 +66,11 @@ WORKLOADS = {
         recompute=True,
     ),
     "D": Workload(
-        title="text LoRA, 2 x 4,096 tokens per GPU",
+        title="text LoRA, 4 x 4,096 tokens per GPU",
         constant_length=4096,
         max_seq_length=4096,
-        pack_tokens=8192,
-        padded_rows=2,
+        pack_tokens=16384,
+        padded_rows=4,
         recompute=False,
     ),
 }
