@@ -20,6 +20,7 @@ from cad_mllm.train.distributed import World
 from cad_mllm.train.gathering import (
     KeptWhole,
     copy_layers_at_once,
+    gather_for_the_forward_pass_alone,
     gather_layer_by_layer,
     without_profiler_ranges,
 )
@@ -183,7 +184,10 @@ class ZeroEngine:
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=zero.config
         )
-        self._kept = KeptWhole(self._zero) if zero.stage == 3 else None
+        self._kept = None
+        if zero.stage == 3:
+            gather_for_the_forward_pass_alone(self._zero)
+            self._kept = KeptWhole(self._zero)
         (update_at_once if zero.stage == 3 else measure_at_once)(self._zero)
         self.module: nn.Module = self._engine
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer

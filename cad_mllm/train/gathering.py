@@ -4,12 +4,14 @@ Measured on two H200, an 8B LM with LoRA: the GPUs wait for DeepSpeed's loops ov
 The private attributes of DeepSpeed's ZeRO-3 that are read here are the ones of DeepSpeed 0.19.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from cad_mllm.model.loss import LinearCrossEntropy
 
 _GATHERS_AHEAD = 2
 
@@ -34,6 +36,31 @@ def _is_layer(module: nn.Module) -> bool:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return isinstance(module, GradientCheckpointingLayer)
+
+
+def gather_for_the_forward_pass_alone(zero: Any) -> None:
+    """Leave frozen embeddings and a frozen head where they are in the backward pass, which needs neither.
+
+    DeepSpeed gathers them there as any module's weights: of an 8B LM 1.2 GB each. (The gradients of the loss
+    are computed with it: see `LinearCrossEntropy`.)
+    """
+    offload = zero.parameter_offload
+    idle = {
+        module
+        for module in offload.module.modules()
+        if isinstance(module, nn.Embedding | LinearCrossEntropy)
+        and not any(p.requires_grad for p in module.parameters())
+    }
+
+    def unless_idle(hook: Callable[[nn.Module], None]) -> Callable[[nn.Module], None]:
+        def run(module: nn.Module) -> None:
+            if module not in idle:
+                hook(module)
+
+        return run
+
+    for name in ("pre_sub_module_backward_function", "post_sub_module_backward_function"):
+        setattr(offload, name, unless_idle(getattr(offload, name)))
 
 
 class KeptWhole:
@@ -146,6 +173,8 @@ def copy_layers_at_once() -> None:
 
 def _copy_at_once(self: Any, handle_dependency: bool = True) -> None:
     """As `AllGatherCoalescedHandle.wait`, which does what is rare: padding, quantised or second shards."""
+    if self.complete:  # it is asked for each of the parameters
+        return
     sizes = [p.ds_tensor.ds_numel for p in self.params]
     parts: list[Tensor] = self.partitions
     usual = (
@@ -157,7 +186,7 @@ def _copy_at_once(self: Any, handle_dependency: bool = True) -> None:
             for p, size in zip(self.params, sizes, strict=True)
         )
     )
-    if self.complete or not usual:
+    if not usual:
         _copy_at_once.one_by_one(self, handle_dependency)  # type: ignore[attr-defined]
         return
     self.allgather_handle.wait()
@@ -173,6 +202,8 @@ def _copy_at_once(self: Any, handle_dependency: bool = True) -> None:
         p.ds_status = type(p.ds_status).AVAILABLE
     if received_WL.device.type == "cuda":
         received_WL.record_stream(torch.cuda.current_stream())
+    # DeepSpeed holds this until the last of the parameters is used: of a layer and the head for long.
+    self.partitions = []
     self.complete = True
 
 

@@ -188,3 +188,25 @@ def all_gathers_of_steps(flags: list[str]) -> list[list[int]]:
             fit(run, stop, watchdog)
         run.tracker.close()
     return counts
+
+
+def fetched_backward(flags: list[str]) -> list[str]:
+    """`train_all` of one run under ZeRO-3; the kinds of modules whose weights a backward pass asks for."""
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    torch.set_num_threads(1)
+    config, fetch = parse_train_args(flags), PartitionedParameterCoordinator.fetch_sub_module
+    kinds: set[str] = set()
+
+    def seen(self: Any, module: Any, forward: bool) -> None:
+        if not forward:
+            kinds.add(type(module).__name__)
+        fetch(self, module, forward)
+
+    PartitionedParameterCoordinator.fetch_sub_module = seen
+    with world(config.run) as ranks:
+        run = prepare_run(config, ranks)
+        with StopSignal() as stop, Watchdog(600, config.run.output_dir, ranks.rank) as watchdog:
+            fit(run, stop, watchdog)
+        run.tracker.close()
+    return sorted(kinds)

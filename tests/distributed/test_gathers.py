@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from cad_mllm.config import ModelConfig
 from cad_mllm.model import presets
 from cad_mllm.model.sizes import parameter_counts
@@ -15,12 +17,17 @@ OUTSIDE = 6
 """Embeddings, last norm, head, and the projectors: forward, and what of it the backward pass needs again."""
 
 
+def short_run(data: Path, output_dir: Path, zero: str, **more: object) -> list[str]:
+    """Flags of a run through stage 3 on two ranks."""
+    return flags(
+        data, output_dir, ranks=2, zero=zero, batch_size=2, gradient_accumulation_steps=1,
+        start_from_stage=3, use_gradient_checkpointing=True, **more,
+    )  # fmt: skip
+
+
 def gathers(data: Path, output_dir: Path, zero: str) -> list[tuple[int, int]]:
     """(all-gathers, elements that they gave) of each step, once DeepSpeed knows the order of the modules."""
-    words = flags(
-        data, output_dir, ranks=2, zero=zero, batch_size=2, gradient_accumulation_steps=1,
-        start_from_stage=3, stage3_epochs=3, use_gradient_checkpointing=True,
-    )  # fmt: skip
+    words = short_run(data, output_dir, zero, stage3_epochs=3)
     counts = run_ranks(JOBS, "all_gathers_of_steps", words, world_size=2, seconds=120)
     assert counts[0] == counts[1]
     return [(number, elements) for number, elements in counts[0][RECORDED:]]
@@ -39,3 +46,13 @@ def test_a_resident_run_gathers_after_an_update_only_what_it_changed(data: Path,
     counts = gathers(data, tmp_path / "run", "zero3_resident")
     trained = parameter_counts(ModelConfig(llm_model_name="tiny", point_encoder="tiny")).trainable
     assert all(elements <= 1.01 * trained for _, elements in counts)
+
+
+@pytest.mark.parametrize("use_lora", [True, False], ids=["frozen", "trained"])
+def test_the_backward_pass_gathers_embeddings_and_head_only_if_they_train(
+    data: Path, tmp_path: Path, use_lora: bool
+) -> None:
+    words = short_run(data, tmp_path / "run", "zero3_config", stage3_epochs=1, use_lora=use_lora)
+    ours, theirs = run_ranks(JOBS, "fetched_backward", words, world_size=2, seconds=120)
+    assert ours == theirs and "Qwen3DecoderLayer" in ours
+    assert ("Embedding" in ours, "LinearCrossEntropy" in ours) == (not use_lora, not use_lora)
