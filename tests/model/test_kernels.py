@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import modeling_qwen3
 
 from cad_mllm.model import kernels, presets
@@ -73,8 +74,15 @@ def test_a_merged_adapter_gives_the_same(model: nn.Module) -> None:
     torch.testing.assert_close(wrapped(x), before)
 
 
-def adapted_lm(*, fused: bool) -> nn.Module:
+def adapted_lm(*, fused: bool, biased: bool = False) -> nn.Module:
     lm = presets.on_the_spot("tiny", torch.float64, "sdpa")
+    if biased:  # Qwen2's queries, keys and values
+        torch.manual_seed(2)
+        config = Qwen2Config(
+            vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2,
+        )  # fmt: skip
+        lm = Qwen2ForCausalLM(config).double()
     lora = LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", bias="none", task_type="CAUSAL_LM")
     if fused:
         lora._register_custom_module({nn.Linear: FusedLoraLinear})
@@ -102,14 +110,15 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["Qwen3", "Qwen2"])
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 def test_layers_with_one_input_are_computed_together_and_give_what_pefts_give(
-    products: list[int], recomputed: bool
+    products: list[int], recomputed: bool, biased: bool
 ) -> None:
     tokens = torch.randint(0, 256, (2, 50), generator=torch.Generator().manual_seed(0))
     found = []
     for fused in (True, False):
-        lm = adapted_lm(fused=fused)
+        lm = adapted_lm(fused=fused, biased=biased)
         if recomputed:
             lm.train()
             lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
