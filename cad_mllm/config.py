@@ -73,6 +73,8 @@ class DataConfig:
     """Probability that it asks for the program without one feature on which no other depends."""
     caption_dropout: float = 0.0
     """Probability that a training sample with points or an image is given without its caption."""
+    encoder_features: Path | None = None
+    """Folder for features of frozen encoders: computed once, then read in place of pictures and clouds."""
     max_skipped_fraction: float = 0.05
     """More unusable samples than this share end the run (exit 3)."""
     num_workers: int = 2

@@ -283,6 +283,11 @@ def _check(config: TrainConfig) -> None:
         raise ConfigError(
             "--augment_prefix and --augment_removal are for command text: leave out --target_format json"
         )
+    if data.encoder_features is not None and config.model.train_encoders:
+        raise ConfigError(
+            "--encoder_features keeps what frozen encoders compute, and --train_encoders changes it: "
+            "leave out one of them"
+        )
     pack_tokens, longest = config.optim.pack_tokens, config.data.max_seq_length
     if 0 < pack_tokens < longest:
         raise ConfigError(

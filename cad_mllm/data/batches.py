@@ -12,6 +12,7 @@ from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from cad_mllm.data import order
 from cad_mllm.data.augment import Variant
@@ -25,14 +26,15 @@ from cad_mllm.data.collate import (
     select_points,
     square_image,
 )
+from cad_mllm.data.features import FeatureFolder
 from cad_mllm.data.files import FloatArray, UnusableFileError
 from cad_mllm.data.index import Index
 from cad_mllm.data.sequence import MODALITIES, Combo, SequenceSpec, TextTokenizer, bos_ids, pad_id
 
 T = TypeVar("T")
 
-_Read = tuple[ByteArray | None, FloatArray | None]
-"""Image (3, H, W) and points (P, 6)."""
+_Read = tuple[ByteArray | Tensor | None, FloatArray | Tensor | None]
+"""Image (3, H, W) and points (P, 6), or the features of each."""
 
 SECONDS_PER_SAMPLE = 120.0
 """A sample whose files take longer to read is lost: its mount stalls."""
@@ -97,14 +99,19 @@ class BatchBuilder:
         stage: int,
         seconds: float,
         pack_tokens: int = 0,
+        features: FeatureFolder | None = None,
     ) -> None:
-        """With `pack_tokens` the samples of a micro-batch become one row of that length, else a row each."""
+        """With `pack_tokens` the samples of a micro-batch become one row of that length, else a row each.
+
+        With `features` these are read in place of pictures and clouds.
+        """
         self._index = index
         self._spec = spec
         self._seed = seed
         self._stage = stage
         self._seconds = seconds
         self._pack_tokens = pack_tokens
+        self._features = features
         self._bos = bos_ids(tokenizer)
         self._pad_id = pad_id(tokenizer)
 
@@ -150,17 +157,24 @@ class BatchBuilder:
         return Loaded(batch=batch, spec=self._spec, lost=tuple(lost))
 
     def _modalities(self, item: Item, sample_id: str, row: int) -> _Read:
-        """What is read from the store: image (3, H, W) and points (P, 6)."""
-        store, draw = self._index.store, (self._seed, self._stage, item.epoch, sample_id)
+        """What is read from the store: image (3, H, W) and points (P, 6); or their features."""
+        draw = (self._seed, self._stage, item.epoch, sample_id)
         image = points = None
         if "image" in MODALITIES[item.combo]:
             num_views = self._index.num_views(item.number)
             assert num_views, "the index was built for this combination"
-            view = order.draw_view(*draw, num_views)
-            image = square_image(store.image(sample_id, row, view), self._spec)
+            image = self._image(sample_id, row, order.draw_view(*draw, num_views))
         if "points" in MODALITIES[item.combo]:
-            points = select_points(store.points(sample_id, row), self._spec, draw)
+            points = self._points(sample_id, row, draw)
         return image, points
+
+    def _image(self, sample_id: str, row: int, view: int) -> ByteArray | Tensor:
+        read = partial(read_image, self._index, sample_id, row, view, self._spec)
+        return read() if self._features is None else self._features.load("image", sample_id, read, view)
+
+    def _points(self, sample_id: str, row: int, draw: tuple[int, int, int, str]) -> FloatArray | Tensor:
+        read = partial(read_points, self._index, sample_id, row, draw, self._spec)
+        return read() if self._features is None else self._features.load("points", sample_id, read)
 
     def _text_of(self, item: Item) -> Sample:
         """The sample without its files."""
@@ -172,6 +186,18 @@ class BatchBuilder:
             target=self._index.target(item.number, item.variant),
             supervised=item.supervised,
         )
+
+
+def read_image(index: Index, sample_id: str, row: int, view: int, spec: SequenceSpec) -> ByteArray:
+    """A view as uint8 (3, H, W). UnusableFileError: it cannot be read."""
+    return square_image(index.store.image(sample_id, row, view), spec)
+
+
+def read_points(
+    index: Index, sample_id: str, row: int, draw: tuple[int, int, int, str], spec: SequenceSpec
+) -> FloatArray:
+    """The points (P, 6) of a cloud that are drawn. UnusableFileError: it cannot be read."""
+    return select_points(index.store.points(sample_id, row), spec, draw)
 
 
 def _each_within(seconds: float, works: Sequence[Callable[[], T]]) -> list[T | BaseException | None]:

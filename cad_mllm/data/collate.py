@@ -54,9 +54,11 @@ class Sample:
     """Ids of instruction + caption; never empty."""
     target: Sequence[int]
     """Ids of the target text and EOS; empty for generation."""
-    image_3HW: FloatArray | ByteArray | None = None
-    """Normalised, or uint8 as in the file: then `normalise_images` is left to who gets the batch."""
-    points_PC: FloatArray | None = None
+    image_3HW: FloatArray | ByteArray | Tensor | None = None
+    """Normalised, or uint8 as in the file: then `normalise_images` is left to who gets the batch. A tensor:
+    its features (K, D) in its place."""
+    points_PC: FloatArray | Tensor | None = None
+    """A tensor: its features (K, D) in its place."""
     supervised: bool = True
     """False: the sample only keeps a rank busy, all its labels are ignored."""
 
@@ -83,11 +85,12 @@ class Batch:
     labels_BT: Tensor
     """int64, not shifted; IGNORED except on target text and EOS."""
     images_NCHW: Tensor
-    """float32, normalised for the vision encoder; N may be 0. From uint8 samples: uint8, not yet."""
+    """float32, normalised for the vision encoder; N may be 0. From uint8 samples: uint8, not yet. Of samples
+    with features these, (N, K, D)."""
     image_rows: Tensor
     """int64 (N * image_tokens,): where the image tokens go, flat in B * T."""
     points_MPC: Tensor
-    """float32; M may be 0."""
+    """float32; M may be 0. Of samples with features these, (M, K, D)."""
     point_rows: Tensor
     """int64 (M * point_tokens,): where the point tokens go, flat in B * T."""
     sample_ids: tuple[str, ...]
@@ -240,8 +243,8 @@ def _layout(sample: Sample, spec: SequenceSpec) -> _Row:
     )
 
 
-def _stack(arrays: Sequence[FloatArray | ByteArray | None], shape: tuple[int, ...]) -> Tensor:
-    present = [torch.from_numpy(array) for array in arrays if array is not None]
+def _stack(arrays: Sequence[FloatArray | ByteArray | Tensor | None], shape: tuple[int, ...]) -> Tensor:
+    present = [torch.as_tensor(array) for array in arrays if array is not None]
     if not present:
         return torch.empty((0, *shape), dtype=torch.float32)
     stacked: Tensor = default_collate(present)  # in a loader process, straight into shared memory

@@ -17,6 +17,7 @@ from cad_mllm.data import order
 from cad_mllm.data.augment import WHOLE, Augmentation
 from cad_mllm.data.batches import SECONDS_PER_SAMPLE, BatchBuilder, Item, Loaded, Lost
 from cad_mllm.data.collate import Batch
+from cad_mllm.data.features import FeatureFolder
 from cad_mllm.data.index import Index
 from cad_mllm.data.packing import PackPlan, plan_packs
 from cad_mllm.data.sequence import MODALITIES, Combo, Mix, SequenceSpec, TextTokenizer
@@ -93,8 +94,11 @@ class StepLoader:
         seconds_per_sample: float = SECONDS_PER_SAMPLE,
         packs: PackPlan | None = None,
         pack_tokens: int = 0,
+        features: FeatureFolder | None = None,
     ) -> None:
-        """`packs` (with their budget `pack_tokens`) take the place of batches of `batch_size`."""
+        """`packs` (with their budget `pack_tokens`) take the place of batches of `batch_size`, and `features`
+        that of pictures and clouds.
+        """
         draws = _Draws(index=index, augmentation=augmentation, seed=seed, stage=stage, mix=dict(mix))
         self._plan: _StepItems | _PackedItems
         if packs is None:
@@ -120,7 +124,7 @@ class StepLoader:
             )
         self._index = index
         self._spec = spec
-        builder = BatchBuilder(index, tokenizer, spec, seed, stage, seconds_per_sample, pack_tokens)
+        builder = BatchBuilder(index, tokenizer, spec, seed, stage, seconds_per_sample, pack_tokens, features)
         self._batches = _MicroBatches(builder, self._plan)
         self._num_workers = num_workers
         self._pin_memory = pin_memory
@@ -314,6 +318,7 @@ def eval_batches(
     world_size: int,
     num_workers: int,
     pack_tokens: int = 0,
+    features: FeatureFolder | None = None,
 ) -> Iterator[Loaded]:
     """One pass over a validation split with one modality combination; the same batches in every call.
 
@@ -331,7 +336,9 @@ def eval_batches(
         number = first + rank
         numbers = groups[min(number, len(groups) - 1)]
         own.append([Item(n, 0, combo, supervised=number < len(groups)) for n in numbers])
-    builder = BatchBuilder(index, tokenizer, spec, seed, EVAL_STAGE, SECONDS_PER_SAMPLE, pack_tokens)
+    builder = BatchBuilder(
+        index, tokenizer, spec, seed, EVAL_STAGE, SECONDS_PER_SAMPLE, pack_tokens, features
+    )
     batches = _MicroBatches(builder, own)
     return _prefetched(batches, num_workers, pin_memory=False)
 

@@ -45,6 +45,31 @@ class TrainedEncoders:
         return points_MPC
 
 
+class StoredEncoders:
+    """Hands on what frozen encoders have computed before the run.
+
+    Of pictures and clouds themselves there are none then, or those of a rehearsal, whose features are zeros.
+    """
+
+    def __init__(self, encoders: "FrozenEncoders") -> None:
+        self._image = (encoders.image.num_tokens, encoders.image_width)
+        self._points = (encoders.point.config.num_tokens, encoders.point_width)
+        self._dtype = encoders.dtype
+
+    def encode_images(self, images_NCHW: Tensor) -> Tensor:
+        """(N, K, D) as they are."""
+        return self._handed_on(images_NCHW, self._image)
+
+    def encode_points(self, points_MPC: Tensor) -> Tensor:
+        """(M, K, D) as they are."""
+        return self._handed_on(points_MPC, self._points)
+
+    def _handed_on(self, given: Tensor, shape: tuple[int, int]) -> Tensor:
+        if given.shape[1:] == shape:
+            return given
+        return given.new_zeros((given.shape[0], *shape), dtype=self._dtype)
+
+
 class FrozenEncoders:
     """Both encoders, without gradients.
 
@@ -63,6 +88,11 @@ class FrozenEncoders:
         return self
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the features."""
+        return self.point.query.dtype
+
+    @property
     def image_width(self) -> int:
         """D of an image token."""
         return self.image.width
@@ -76,9 +106,7 @@ class FrozenEncoders:
     def encode_images(self, images_NCHW: Tensor) -> Tensor:
         """(N, 3, S, S) normalised images to (N, K, D). N may be 0."""
         if images_NCHW.shape[0] == 0:
-            return images_NCHW.new_zeros(
-                (0, self.image.num_tokens, self.image_width), dtype=self.image.dinov2.dtype
-            )
+            return images_NCHW.new_zeros((0, self.image.num_tokens, self.image_width), dtype=self.dtype)
         out: Tensor = self.image(images_NCHW)
         return out
 
@@ -87,7 +115,7 @@ class FrozenEncoders:
         """(M, P, 6) clouds to (M, K, D). M may be 0."""
         if points_MPC.shape[0] == 0:
             shape = (0, self.point.config.num_tokens, self.point_width)
-            return points_MPC.new_zeros(shape, dtype=self.point.query.dtype)
+            return points_MPC.new_zeros(shape, dtype=self.dtype)
         out: Tensor = self.point(points_MPC)
         return out
 

@@ -42,9 +42,9 @@ def redraw_(module: nn.Module, std: Callable[[str, Tensor], float]) -> None:
 
 
 def digest(module: nn.Module) -> str:
-    """Hash the parameters of a module on the CPU, names (those in files), types and bits: sha256."""
+    """Hash the parameters of a module, names (those in files), types and bits: sha256."""
     sha = hashlib.sha256()
     for name, parameter in module.named_parameters():
         sha.update(f"{stored_name(name)} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        sha.update(parameter.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+        sha.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()

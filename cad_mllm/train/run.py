@@ -12,6 +12,7 @@ from cad_mllm.data.atomic import make_writable
 from cad_mllm.data.augment import Augmentation
 from cad_mllm.data.collate import SequenceSpec
 from cad_mllm.data.dummy import write_dummy_data
+from cad_mllm.data.features import FeatureFolder
 from cad_mllm.data.index import Index, IndexReport, build_index, load_index
 from cad_mllm.data.layout import Source, Split
 from cad_mllm.data.loader import eval_samples, pack_stage
@@ -27,6 +28,7 @@ from cad_mllm.train import checkpoint, restarts
 from cad_mllm.train.assemble import build_engine, build_networks, resolve_zero, sequence_spec
 from cad_mllm.train.checkpoint import CheckpointState, Position
 from cad_mllm.train.distributed import World
+from cad_mllm.train.encode_ahead import encode_ahead
 from cad_mllm.train.engine import Engine
 from cad_mllm.train.lost import LostSamples
 from cad_mllm.train.preflight import check_machines
@@ -51,6 +53,9 @@ class Run:
     spec: SequenceSpec
     index: Index
     validation: Index | None
+    features: FeatureFolder | None
+    """Those of the training data, in place of its pictures and clouds."""
+    validation_features: FeatureFolder | None
     engine: Engine
     tracker: Tracker
     writer: CheckpointWriter
@@ -97,6 +102,11 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
     identity = _identity(config, _global_batch(config, world), indices[0].fingerprint)
     if state is not None and resume is not None:
         _check_identity(resume, state.identity, identity)
+    features: list[FeatureFolder] = []
+    notes = list(built.notes)
+    if config.data.encoder_features is not None:
+        built, features, line = encode_ahead(config, built, spec, stages, indices, world)
+        notes.append(line)
     passed_over = world.from_main(lambda: _set_aside(config, resume, state))
     engine = build_engine(config, built, zero, world, log_dir=output_dir)
     if state is not None and resume is not None:
@@ -105,7 +115,7 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
     if world.is_main:
         done = state.position.global_step if state is not None else 0
         tracker = RunTracker(config.run, run_config=to_flat(config), resumed_step=done)
-    described = (*built.notes, *(_describe(report) for report in reports))
+    described = (*notes, *(_describe(report) for report in reports))
     for line in (_describe_world(world), *checked.warnings, *described):
         tracker.say(line)
     if resume is not None:
@@ -131,6 +141,8 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
         spec=spec,
         index=indices[0],
         validation=indices[1] if len(indices) > 1 else None,
+        features=features[0] if features else None,
+        validation_features=features[1] if len(features) > 1 else None,
         engine=engine,
         tracker=tracker,
         writer=_writer(config, built, engine, world, identity, tracker, origin),
@@ -316,6 +328,8 @@ def _identity(config: TrainConfig, global_batch: int, fingerprint: str) -> dict[
         "--augment_prefix": data.augment_prefix or None,
         "--augment_removal": data.augment_removal or None,
         "--caption_dropout": data.caption_dropout or None,
+        # The points of a cloud are then the same in every epoch.
+        "--encoder_features (given or not)": data.encoder_features is not None or None,
         "--seed": config.run.seed,
         "--pack_tokens": config.optim.pack_tokens or None,
         "global batch (--batch_size x --gradient_accumulation_steps x ranks)": global_batch,

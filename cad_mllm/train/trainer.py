@@ -188,6 +188,7 @@ def _loader(run: Run, stage: Stage, *, start_step: int) -> StepLoader:
         pin_memory=run.world.device.type == "cuda",
         packs=run.packs.get(stage.number),
         pack_tokens=run.config.optim.pack_tokens,
+        features=run.features,
     )
 
 
@@ -265,6 +266,7 @@ def _validate(run: Run, stage: Stage, at: Position, watchdog: Watchdog, stop: St
             world_size=run.world.size,
             num_workers=run.config.data.num_workers,
             pack_tokens=run.config.optim.pack_tokens,
+            features=run.validation_features,
         )
         for loaded in batches:
             run.lost_samples.note(loaded.lost, "val")

@@ -1,0 +1,151 @@
+"""Frozen encoders before the first step: features of all that the run will feed, computed by all ranks.
+
+Those that are on disk already, of this run or another one, are not computed again.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cad_mllm.config import TrainConfig
+from cad_mllm.data.atomic import make_writable
+from cad_mllm.data.batches import read_image, read_points
+from cad_mllm.data.collate import SequenceSpec, normalise_images
+from cad_mllm.data.features import (
+    DRAWN_ONCE,
+    FeatureFolder,
+    Wanted,
+    wanted_by_stage,
+    wanted_by_validation,
+)
+from cad_mllm.data.files import FloatArray, UnusableFileError
+from cad_mllm.data.index import Index
+from cad_mllm.data.loader import eval_samples
+from cad_mllm.data.progress import SlowProgress
+from cad_mllm.data.sequence import Modality
+from cad_mllm.model.build import Built
+from cad_mllm.model.encoders import FrozenEncoders, StoredEncoders
+from cad_mllm.model.seeding import digest
+from cad_mllm.train.distributed import World
+from cad_mllm.train.stages import Stage
+
+_AT_ONCE = 32
+"""Pictures or clouds that are encoded together."""
+
+
+def encode_ahead(
+    config: TrainConfig,
+    built: Built,
+    spec: SequenceSpec,
+    stages: Sequence[Stage],
+    indices: Sequence[Index],
+    world: World,
+) -> tuple[Built, list[FeatureFolder], str]:
+    """The networks without the encoders, the features of each index (training, validation), a line on them.
+
+    On all ranks alike; the folder must be one that all of them see. ConfigError: it cannot be written.
+    """
+    root, encoders = config.data.encoder_features, built.encoders
+    assert root is not None and isinstance(encoders, FrozenEncoders), "the settings see to that"
+    make_writable(root, "--encoder_features")
+    seed, dtype = config.run.seed, str(encoders.dtype)
+    image_input = [spec.image_size, spec.image_mean, spec.image_std]
+    made_by: dict[Modality, object] = {
+        "image": [digest(encoders.image), dtype, image_input],
+        "points": [digest(encoders.point), dtype, spec.num_points, seed],
+    }
+    folders, computed, count = [], 0, 0
+    for position, index in enumerate(indices):
+        folder = FeatureFolder.of(root, index, made_by)
+        if position == 0:
+            wanted = {
+                one
+                for stage in stages
+                for one in wanted_by_stage(index, seed, stage.number, stage.mix, stage.epochs)
+            }
+        else:
+            wanted = set(wanted_by_validation(index, eval_samples(len(index)), seed))
+        computed += _encode(folder, index, sorted(wanted), encoders, spec, config, world)
+        count += len(wanted)
+        folders.append(folder)
+    total = int(world.sum(float(computed))[0])  # nobody goes on before all are there
+    line = f"features of {count} pictures and clouds in {root}, {total} of them computed now"
+    return replace(built, encoders=StoredEncoders(encoders)), folders, line
+
+
+def _encode(
+    folder: FeatureFolder,
+    index: Index,
+    wanted: Sequence[Wanted],
+    encoders: FrozenEncoders,
+    spec: SequenceSpec,
+    config: TrainConfig,
+    world: World,
+) -> int:
+    """Compute this rank's share of what is not there; how many that were."""
+    own = wanted[world.rank :: world.size]
+    missing = [one for one in own if not folder.file(one.modality, index.ids[one.number], one.view).exists()]
+    groups = [
+        several[start : start + _AT_ONCE]
+        for several in (
+            [one for one in missing if one.modality == "image"],
+            [one for one in missing if one.modality == "points"],
+        )
+        for start in range(0, len(several), _AT_ONCE)
+    ]
+    inputs = _Inputs(index, spec, config.run.seed, groups)
+    computed = 0
+    with SlowProgress("Encoding pictures and clouds", len(missing)) as progress:
+        for group, read in zip(
+            groups,
+            DataLoader(inputs, batch_size=None, num_workers=config.data.num_workers if groups else 0),
+            strict=True,
+        ):
+            found = [(one, array) for one, array in zip(group, read, strict=True) if array is not None]
+            if found:
+                features_NKD = _features(encoders, found[0][0].modality, [array for _, array in found], world)
+                for (one, _), features_KD in zip(found, features_NKD.cpu(), strict=True):
+                    folder.save(features_KD, one.modality, index.ids[one.number], one.view)
+            computed += len(found)
+            progress.advance(len(group))
+    return computed
+
+
+def _features(
+    encoders: FrozenEncoders, modality: Modality, arrays: Iterable[FloatArray], world: World
+) -> Tensor:
+    """(N, K, D)."""
+    inputs = torch.from_numpy(np.stack(list(arrays))).to(world.device)
+    return encoders.encode_images(inputs) if modality == "image" else encoders.encode_points(inputs)
+
+
+class _Inputs(Dataset[list[FloatArray | None]]):
+    """What the encoders take of each group; None for what cannot be read: its sample is lost at its turn."""
+
+    def __init__(
+        self, index: Index, spec: SequenceSpec, seed: int, groups: Sequence[Sequence[Wanted]]
+    ) -> None:
+        self._index = index
+        self._spec = spec
+        self._seed = seed
+        self._groups = groups
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __getitem__(self, number: int) -> list[FloatArray | None]:
+        return [self._read(one) for one in self._groups[number]]
+
+    def _read(self, one: Wanted) -> FloatArray | None:
+        index, spec = self._index, self._spec
+        sample_id, row = index.ids[one.number], index.row(one.number)
+        try:
+            if one.modality == "image":
+                return normalise_images(read_image(index, sample_id, row, one.view, spec), spec)
+            return read_points(index, sample_id, row, (self._seed, *DRAWN_ONCE, sample_id), spec)
+        except UnusableFileError:
+            return None
