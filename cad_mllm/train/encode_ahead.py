@@ -111,7 +111,8 @@ def _encode(
                 for (one, _), features_KD in zip(found, features_NKD.cpu(), strict=True):
                     folder.save(features_KD, one.modality, index.ids[one.number], one.view)
             computed += len(found)
-            progress.advance(len(group))
+            if world.is_main:  # one bar: the shares are alike
+                progress.advance(len(group))
     return computed
 
 
