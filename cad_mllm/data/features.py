@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialized
 from torch import Tensor
 
 from cad_mllm.data import order
@@ -74,11 +75,11 @@ class FeatureFolder:
             ) from error
 
     def save(self, features_KD: Tensor, modality: Modality, sample_id: str, view: int = 0) -> None:
-        """Whole or not at all; one writer a file."""
+        """Whole or not at all; one writer a file. OSError: the disk is full."""
         path = self.file(modality, sample_id, view)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            save_file({_NAME: features_KD.contiguous()}, temporary)
+            temporary.write_bytes(serialized({_NAME: features_KD.contiguous()}))
 
 
 def wanted_by_stage(index: Index, seed: int, stage: int, mix: Mix, epochs: int) -> Iterator[Wanted]:
