@@ -82,13 +82,12 @@ class FeatureFolder:
             temporary.write_bytes(serialized({_NAME: features_KD.contiguous()}))
 
 
-def wanted_by_stage(index: Index, seed: int, stage: int, mix: Mix, epochs: int) -> Iterator[Wanted]:
-    """All that a stage of training feeds; its last step may run into one epoch more."""
-    for epoch in range(epochs + 1):
-        combos, drawn = order.draw_combos(seed, stage, epoch, index.ids, mix)
-        fed = [MODALITIES[combo] for combo in combos]
-        for number, which in enumerate(drawn.tolist()):
-            yield from _wanted(index, number, fed[which], seed, stage, epoch)
+def wanted_in_epoch(index: Index, seed: int, stage: int, mix: Mix, epoch: int) -> Iterator[Wanted]:
+    """All that an epoch of a stage of training feeds."""
+    combos, drawn = order.draw_combos(seed, stage, epoch, index.ids, mix)
+    fed = [MODALITIES[combo] for combo in combos]
+    for number, which in enumerate(drawn.tolist()):
+        yield from _wanted(index, number, fed[which], seed, stage, epoch)
 
 
 def wanted_by_validation(index: Index, numbers: Iterable[int], seed: int) -> Iterator[Wanted]:

@@ -19,8 +19,8 @@ from cad_mllm.data.features import (
     DRAWN_ONCE,
     FeatureFolder,
     Wanted,
-    wanted_by_stage,
     wanted_by_validation,
+    wanted_in_epoch,
 )
 from cad_mllm.data.files import FloatArray, UnusableFileError
 from cad_mllm.data.index import Index
@@ -35,6 +35,8 @@ from cad_mllm.train.stages import Stage
 
 _AT_ONCE = 32
 """Pictures or clouds that are encoded together."""
+_LOOKED_FOR_AT_ONCE = 1000
+"""Between two looks at the clock."""
 
 
 def encode_ahead(
@@ -62,11 +64,7 @@ def encode_ahead(
     for position, index in enumerate(indices):
         folder = FeatureFolder.of(root, index, made_by)
         if position == 0:
-            wanted = {
-                one
-                for stage in stages
-                for one in wanted_by_stage(index, seed, stage.number, stage.mix, stage.epochs)
-            }
+            wanted = _wanted_in_training(index, seed, stages, world)
         else:
             wanted = set(wanted_by_validation(index, eval_samples(len(index)), seed))
         computed += _encode(folder, index, sorted(wanted), encoders, spec, config, world)
@@ -75,6 +73,18 @@ def encode_ahead(
     total = int(world.sum(float(computed))[0])  # nobody goes on before all are there
     line = f"features of {count} pictures and clouds in {root}, {total} of them computed now"
     return replace(built, encoders=StoredEncoders(encoders)), folders, line
+
+
+def _wanted_in_training(index: Index, seed: int, stages: Sequence[Stage], world: World) -> set[Wanted]:
+    # The last step of a stage may run into one epoch more.
+    epochs = [(stage, epoch) for stage in stages for epoch in range(stage.epochs + 1)]
+    wanted: set[Wanted] = set()
+    with SlowProgress("Drawing pictures and clouds, epochs", len(epochs)) as progress:
+        for stage, epoch in epochs:
+            wanted.update(wanted_in_epoch(index, seed, stage.number, stage.mix, epoch))
+            if world.is_main:
+                progress.advance()
+    return wanted
 
 
 def _encode(
@@ -87,8 +97,14 @@ def _encode(
     world: World,
 ) -> int:
     """Compute this rank's share of what is not there; how many that were."""
-    own = wanted[world.rank :: world.size]
-    missing = [one for one in own if not folder.file(one.modality, index.ids[one.number], one.view).exists()]
+    own, missing = wanted[world.rank :: world.size], []
+    with SlowProgress("Looking for features", len(own)) as progress:
+        for start in range(0, len(own), _LOOKED_FOR_AT_ONCE):
+            some = own[start : start + _LOOKED_FOR_AT_ONCE]
+            files = [folder.file(one.modality, index.ids[one.number], one.view) for one in some]
+            missing += [one for one, file in zip(some, files, strict=True) if not file.exists()]
+            if world.is_main:  # one bar: the shares are alike
+                progress.advance(len(some))
     groups = [
         several[start : start + _AT_ONCE]
         for several in (
@@ -111,7 +127,7 @@ def _encode(
                 for (one, _), features_KD in zip(found, features_NKD.cpu(), strict=True):
                     folder.save(features_KD, one.modality, index.ids[one.number], one.view)
             computed += len(found)
-            if world.is_main:  # one bar: the shares are alike
+            if world.is_main:
                 progress.advance(len(group))
     return computed
 
