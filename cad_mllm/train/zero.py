@@ -179,7 +179,8 @@ def _zero_autos(shape: ModelShape) -> dict[str, int]:
     Persistence: a LoRA matrix (r x intermediate) sits just above DeepSpeed's default threshold of 1e5,
     and gathering hundreds of them one by one dominates the step, so the threshold goes above it.
     Prefetch: a whole decoder layer. With less, the layer that comes next lacks a part when its turn comes,
-    which is gathered by itself while the device waits.
+    which is gathered by itself while the device waits. Live parameters: the layer that computes and the one
+    that comes next; DeepSpeed's 1e9 are five layers of an 8B LM, 2 GB.
     """
     hidden = shape.hidden_size
     largest_lora = (shape.lora_r or 0) * max(hidden, shape.intermediate_size)
@@ -187,6 +188,7 @@ def _zero_autos(shape: ModelShape) -> dict[str, int]:
         "reduce_bucket_size": hidden * hidden,
         "allgather_bucket_size": hidden * hidden,
         "stage3_prefetch_bucket_size": max(hidden * hidden, shape.layer_parameters),
+        "stage3_max_live_parameters": 2 * max(hidden * hidden, shape.layer_parameters),
         "stage3_param_persistence_threshold": max(10 * hidden, largest_lora),
     }
 
