@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from cad_mllm.train.distributed import World
 from cad_mllm.train.gathering import (
     KeptWhole,
-    copy_layers_at_once,
     gather_for_the_forward_pass_alone,
+    gather_in_place,
     gather_layer_by_layer,
     without_profiler_ranges,
 )
@@ -177,7 +177,6 @@ class ZeroEngine:
         )
         without_profiler_ranges()
         if zero.stage == 3:
-            copy_layers_at_once()
             gather_layer_by_layer(module)
         # DeepSpeed moves parameters into groups of its own: the names are ours to keep.
         names = {id(p): n for params in groups.values() for n, p in params}
@@ -188,6 +187,7 @@ class ZeroEngine:
         if zero.stage == 3:
             gather_for_the_forward_pass_alone(self._zero)
             self._kept = KeptWhole(self._zero)
+            gather_in_place(self._engine.module)
         (update_at_once if zero.stage == 3 else measure_at_once)(self._zero)
         self.module: nn.Module = self._engine
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer

@@ -11,7 +11,7 @@ import torch
 
 from cad_mllm.errors import CadMllmError
 from cad_mllm.settings import parse_train_args
-from cad_mllm.train import trainer
+from cad_mllm.train import gathering, trainer
 from cad_mllm.train.distributed import world
 from cad_mllm.train.doctor import examine
 from cad_mllm.train.run import prepare_run
@@ -183,6 +183,14 @@ def all_gathers_of_steps(flags: list[str]) -> list[list[int]]:
             counts[-1][1] += output_tensor.numel()
             return gather(output_tensor=output_tensor, **more)
 
+        in_flight = gathering._InFlight
+
+        def counted_layer(gathered: Any, params: Any, whole: Any) -> Any:
+            counts[-1][0] += 1
+            counts[-1][1] += sum(w.numel() for w in whole)
+            return in_flight(gathered, params, whole)
+
+        gathering._InFlight = counted_layer  # type: ignore[assignment, misc]
         comm.cdb.all_gather_into_tensor, trainer._train_step = counted, train_step
         with StopSignal() as stop, Watchdog(600, config.run.output_dir, ranks.rank) as watchdog:
             fit(run, stop, watchdog)
