@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 IGNORED_LABEL = -100
 
-_LOGITS_AT_ONCE = 2**26
+LOGITS_AT_ONCE = 2**26
 """fp32 logits of a chunk: 256 MB, some copies of which are alive at a time."""
 
 
@@ -56,7 +56,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             )
         ]
         loss = hidden_SD.new_zeros((), dtype=torch.float32)
-        rows = max(1, _LOGITS_AT_ONCE // weight_VD.shape[0])
+        rows = max(1, LOGITS_AT_ONCE // weight_VD.shape[0])
         for start in range(0, hidden_SD.shape[0], rows):
             chunk = slice(start, start + rows)
             loss += _chunk(hidden_SD[chunk], weight_VD, bias_V, targets_S[chunk], grads, chunk)

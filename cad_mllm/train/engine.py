@@ -26,6 +26,7 @@ from cad_mllm.train.gathering import (
 )
 from cad_mllm.train.gradients import measure_at_once, update_at_once
 from cad_mllm.train.optim import Flat, Fragment, NamedGroups, zero_moments
+from cad_mllm.train.spread_head import spread_head
 from cad_mllm.train.zero import OptimizerSettings, ZeroConfig
 
 _LOG = logging.getLogger("DeepSpeed")
@@ -187,6 +188,7 @@ class ZeroEngine:
         if zero.stage == 3:
             gather_for_the_forward_pass_alone(self._zero)
             self._kept = KeptWhole(self._zero)
+            spread_head(self._engine.module)
             gather_in_place(self._engine.module)
         (update_at_once if zero.stage == 3 else measure_at_once)(self._zero)
         self.module: nn.Module = self._engine

@@ -1,5 +1,6 @@
 """What the ranks of a test do."""
 
+import copy
 import os
 import signal
 import time
@@ -10,11 +11,14 @@ from typing import Any
 import torch
 
 from cad_mllm.errors import CadMllmError
+from cad_mllm.model import loss as unsharded
+from cad_mllm.model.loss import IGNORED_LABEL, LinearCrossEntropy
 from cad_mllm.settings import parse_train_args
 from cad_mllm.train import gathering, trainer
 from cad_mllm.train.distributed import world
 from cad_mllm.train.doctor import examine
 from cad_mllm.train.run import prepare_run
+from cad_mllm.train.spread_head import spread_head
 from cad_mllm.train.stop import StopSignal
 from cad_mllm.train.trainer import fit
 from cad_mllm.train.watchdog import Watchdog
@@ -218,3 +222,41 @@ def fetched_backward(flags: list[str]) -> list[str]:
             fit(run, stop, watchdog)
         run.tracker.close()
     return sorted(kinds)
+
+
+def spread_cross_entropy(seed: int) -> dict[str, list[float]]:
+    """Loss and gradient of this rank's positions, by the ranks together and by this one alone."""
+    positions, hidden, vocabulary = (7, 30), 12, 40
+    generator = torch.Generator().manual_seed(seed)
+    whole = LinearCrossEntropy(torch.nn.Linear(hidden, vocabulary, bias=False).double())
+    whole.weight.data = torch.randn(vocabulary, hidden, generator=generator, dtype=torch.float64)
+    whole.weight.requires_grad_(False)
+    given = [
+        (
+            torch.randn(n, hidden, generator=generator, dtype=torch.float64),
+            torch.randint(0, vocabulary, (n,), generator=generator),
+        )
+        for n in positions
+    ]
+    unsharded.LOGITS_AT_ONCE = 5 * vocabulary  # several rounds; the last ones of one rank alone
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    x, targets = given[rank]
+    targets = torch.where(torch.arange(len(targets)) % 3 == 0, IGNORED_LABEL, targets)
+    spread = copy.deepcopy(whole)
+    weight: Any = spread.weight
+    weight.ds_tensor, weight.ds_shape = weight.data.chunk(2)[rank].flatten(), weight.shape
+    weight.ds_process_group, weight.ds_secondary_tensor = torch.distributed.group.WORLD, None
+    weight.ds_persist, weight.data = False, torch.empty(0, dtype=torch.float64)
+    spread_head(spread)
+    found = {}
+    for name, module in (("spread", spread), ("whole", whole)):
+        mine = x.clone().requires_grad_()
+        loss = module(mine, targets)
+        (3 * loss).backward()
+        with torch.no_grad():
+            alone = module(mine, targets)
+        assert mine.grad is not None
+        found[name] = [float(loss), float(alone), *mine.grad.flatten().tolist()]
+    torch.distributed.destroy_process_group()
+    return found

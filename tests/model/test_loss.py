@@ -29,7 +29,7 @@ def plain(head: nn.Linear, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
 
 @pytest.fixture(params=[1, 7, 1000], ids=["a row", "some rows", "all rows"])
 def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", request.param * V)
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", request.param * V)
 
 
 @pytest.mark.usefixtures("chunks")
@@ -85,7 +85,7 @@ def test_the_head_keeps_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_logits_are_never_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", 4 * V)
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 4 * V)
     head, hidden_SD, targets_S = problem(torch.float32, bias=False)
     largest = 0
     chunk_loss = module._chunk
