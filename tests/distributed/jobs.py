@@ -224,6 +224,35 @@ def fetched_backward(flags: list[str]) -> list[str]:
     return sorted(kinds)
 
 
+def gathered_in_another_order(flags: list[str]) -> list[str]:
+    """`train_all` of one run under ZeRO-3; by what parameters that are kept were gathered with others.
+
+    Rank 0 asks for the kept ones last and rank 1 first: DeepSpeed asks for sets, whose order is up to chance.
+    """
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    torch.set_num_threads(1)
+    private = "_PartitionedParameterCoordinator__"
+    config = parse_train_args(flags)
+    gather = getattr(PartitionedParameterCoordinator, f"{private}all_gather_params_")
+    by: list[str] = []
+    with world(config.run) as ranks:
+
+        def ordered(self: Any, params: Any, forward: bool, quantize: bool = False) -> None:
+            missing = [p for p in params if p.ds_status is type(p.ds_status).NOT_AVAILABLE]
+            missing.sort(key=lambda p: p.ds_persist == (ranks.rank == 0))
+            gather(self, missing, forward, quantize)
+            if len({p.ds_persist for p in missing}) == 2:
+                by.append(type(getattr(self, f"{private}inflight_param_registry")[missing[0]]).__name__)
+
+        setattr(PartitionedParameterCoordinator, f"{private}all_gather_params_", ordered)
+        run = prepare_run(config, ranks)
+        with StopSignal() as stop, Watchdog(600, config.run.output_dir, ranks.rank) as watchdog:
+            fit(run, stop, watchdog)
+        run.tracker.close()
+    return by
+
+
 def spread_cross_entropy(seed: int) -> dict[str, list[float]]:
     """Loss and gradient of this rank's positions, by the ranks together and by this one alone."""
     positions, hidden, vocabulary = (7, 30), 12, 40

@@ -56,3 +56,9 @@ def test_the_backward_pass_gathers_embeddings_and_head_only_if_they_train(
     ours, theirs = run_ranks(JOBS, "fetched_backward", words, world_size=2, seconds=120)
     assert ours == theirs and "Qwen3DecoderLayer" in ours
     assert ("Embedding" in ours, "LinearCrossEntropy" in ours) == (not use_lora, not use_lora)
+
+
+def test_ranks_gather_alike_whichever_parameter_each_of_them_names_first(data: Path, tmp_path: Path) -> None:
+    words = short_run(data, tmp_path / "run", "zero3_config", stage3_epochs=1)
+    ours, theirs = run_ranks(JOBS, "gathered_in_another_order", words, world_size=2, seconds=120)
+    assert ours == theirs and ours
