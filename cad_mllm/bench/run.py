@@ -23,6 +23,8 @@ from cad_mllm.errors import ConfigError, ExitCode
 
 _REFERENCE = "original-zero3"
 """Pads, and computes the loss as transformers does: what the others must agree with."""
+_ALONE = "plain-1"
+"""One GPU without ZeRO, by which scaling is measured."""
 _LOG_LINES = 15
 
 
@@ -100,7 +102,10 @@ def bench(
         "peers": {},
     }
     console = Console()
-    _time_all(jobs, results, minutes * 60, out / f"bench-{workload}.json", console)
+    file = out / f"bench-{workload}.json"
+    _time_all(jobs, results, minutes * 60, file, console)
+    _add_scaling(results["peers"])
+    write_json(file, results)
     console.print(_table(results))
     _plot(results, out / f"bench-{workload}.png")
     console.print(f"figures, plot and logs are in {out}")
@@ -214,6 +219,14 @@ def _compared(figures: Figures, reference: Figures | None, tolerance: float) -> 
     return replace(figures, parity=parity, gradient_parity=gradient_parity)
 
 
+def _add_scaling(peers: dict[str, Any]) -> None:
+    """How many times the samples per second of one GPU without ZeRO a peer computes; None: not known."""
+    alone = peers.get(_ALONE, {}).get("samples_per_second")
+    for peer in peers.values():
+        rate = peer.get("samples_per_second")
+        peer["scaling"] = None if alone is None or rate is None else rate / alone
+
+
 def _numbers(values: Sequence[float]) -> str:
     return " ".join(f"{value:.5f}" for value in values)
 
@@ -245,6 +258,7 @@ _ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "  slowest step": lambda peer: f"{peer['spread'][0]:,.0f}",
     "  fastest step": lambda peer: f"{peer['spread'][1]:,.0f}",
     "samples/s": lambda peer: f"{peer['samples_per_second']:.2f}",
+    "x one GPU": lambda peer: "-" if peer["scaling"] is None else f"{peer['scaling']:.2f}",
     "MFU": lambda peer: _share(peer["mfu"]),
     "HFU": lambda peer: _share(peer["hfu"]),
     "peak GB": lambda peer: f"{peer['peak_gb']:.1f}",

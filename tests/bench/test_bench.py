@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from cad_mllm.bench import run as bench_run
 from cad_mllm.bench.figures import Figures, figures_of
 from cad_mllm.bench.peers import PEERS, read_variants, train_config
 from cad_mllm.bench.rank import RankFigures
-from cad_mllm.bench.run import _chosen, _compared, _difference
+from cad_mllm.bench.run import _add_scaling, _chosen, _compared, _difference
 from cad_mllm.bench.workloads import (
     WORKLOADS,
     MicroBatches,
@@ -253,6 +254,19 @@ def time_tiny(out: Path, *, peers: list[str], minutes: float) -> dict[str, dict[
 def test_without_time_nothing_is_run_and_that_is_said(tmp_path: Path) -> None:
     peers = time_tiny(tmp_path, peers=["zero3"], minutes=0.0)
     assert "time was up" in str(peers["zero3-2"]["failed"])
+
+
+def test_scaling_is_counted_in_samples_of_one_gpu_without_zero() -> None:
+    peers: dict[str, Any] = {
+        "zero3-4": {"samples_per_second": 35.0},
+        "fsdp2-4": {"failed": "no"},
+        "plain-1": {"samples_per_second": 10.0},
+    }
+    _add_scaling(peers)
+    assert [peer["scaling"] for peer in peers.values()] == [3.5, None, 1.0]
+    del peers["plain-1"]
+    _add_scaling(peers)
+    assert [peer["scaling"] for peer in peers.values()] == [None, None]
 
 
 @pytest.mark.slow
