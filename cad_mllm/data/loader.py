@@ -4,14 +4,10 @@ Batches follow from (index, seed, stage, step, rank) alone: not from the number 
 run was resumed. Workers read files and make CPU tensors; they touch no device.
 """
 
-import os
-import signal
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Subset
 
 from cad_mllm.data import order
 from cad_mllm.data.augment import WHOLE, Augmentation
@@ -20,6 +16,7 @@ from cad_mllm.data.collate import Batch
 from cad_mllm.data.features import FeatureFolder
 from cad_mllm.data.index import Index
 from cad_mllm.data.packing import PackPlan, plan_packs
+from cad_mllm.data.prefetch import prefetched
 from cad_mllm.data.sequence import MODALITIES, Combo, Mix, SequenceSpec, TextTokenizer
 
 EVAL_STAGE = 0
@@ -27,9 +24,6 @@ EVAL_STAGE = 0
 
 MAX_EVAL_SAMPLES = 1024
 """Most samples of a validation pass: Omni-CAD's whole test split would take longer than many a stage."""
-
-_LARGEST_BLOCK = 31 * 2**20
-"""Bytes; glibc learns nothing from blocks of 32 MB or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +44,7 @@ class Step:
     """Of the whole step over all ranks, padding not counted."""
 
 
-class _MicroBatches(Dataset[Loaded]):
+class _MicroBatches:
     """Map-style: micro-batch number -> Loaded. Picklable, for any way to start a process."""
 
     def __init__(
@@ -65,7 +59,7 @@ class _MicroBatches(Dataset[Loaded]):
     def __getitem__(self, number: int) -> Loaded:
         return self._builder.build(self._items[number])
 
-    def without_samples(self, number: int, reason: str) -> Loaded:
+    def without(self, number: int, reason: str) -> Loaded:
         """The micro-batch with all of its samples lost."""
         return self._builder.build(self._items[number], all_lost=reason)
 
@@ -134,7 +128,9 @@ class StepLoader:
 
     def __iter__(self) -> Iterator[Step]:
         plan = self._plan
-        batches = _prefetched(self._batches, self._num_workers, self._pin_memory)
+        batches = (
+            loaded.finished() for loaded in prefetched(self._batches, self._num_workers, self._pin_memory)
+        )
         for step in range(plan.start_step, plan.num_steps):
             items = plan.of_step(step)
             counts = [self._num_tokens(item) for item in items]
@@ -340,7 +336,7 @@ def eval_batches(
         index, tokenizer, spec, seed, EVAL_STAGE, SECONDS_PER_SAMPLE, pack_tokens, features
     )
     batches = _MicroBatches(builder, own)
-    return _prefetched(batches, num_workers, pin_memory=False)
+    return (loaded.finished() for loaded in prefetched(batches, num_workers, pin_memory=False))
 
 
 def _in_packs(
@@ -358,72 +354,3 @@ def _in_packs(
         groups[-1].append(number)
         room -= length
     return groups
-
-
-def _prefetched(batches: _MicroBatches, num_workers: int, pin_memory: bool) -> Iterator[Loaded]:
-    """The batches in their order, made ahead by `num_workers` one-thread processes (0: in this process).
-
-    A worker that dies (out of memory, a bug in a decoder) is replaced; a micro-batch on which one dies again,
-    alone, is given up.
-    """
-    if num_workers > 0:  # or the tokenizer's threads warn about every fork
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    position, died_at = 0, -1
-    while position < len(batches):
-        try:
-            for loaded in _iterate(batches, range(position, len(batches)), num_workers, pin_memory):
-                yield loaded.finished()
-                position += 1
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            if not _is_death_of_a_worker(error):
-                raise
-            if died_at == position:
-                yield _alone(batches, position, pin_memory).finished()
-                position += 1
-            died_at = position
-
-
-def _alone(batches: _MicroBatches, position: int, pin_memory: bool) -> Loaded:
-    """A micro-batch made by a worker of its own; without its samples if that dies."""
-    try:
-        return next(_iterate(batches, range(position, position + 1), 1, pin_memory))
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if not _is_death_of_a_worker(error):
-            raise
-        return batches.without_samples(position, f"a loader process died of it: {error}")
-
-
-def _iterate(batches: _MicroBatches, numbers: range, num_workers: int, pin_memory: bool) -> Iterator[Loaded]:
-    loader: DataLoader[Loaded] = DataLoader(
-        Subset(batches, numbers),
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_keep_memory,
-    )
-    handler = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
-    if threading.current_thread() is threading.main_thread():
-        # torch's handler raises wherever the main thread happens to be, in the middle of a training step;
-        # without it a death is noticed where the next batch is asked for.
-        signal.signal(signal.SIGCHLD, handler)
-    yield from iterator
-
-
-def _keep_memory(worker: int) -> None:
-    """Let a loader process keep the memory of one batch for the next.
-
-    glibc gives freed memory back beyond twice the largest block that was ever mapped and freed; getting the
-    pages anew for every picture took a third of the time.
-    """
-    np.empty(_LARGEST_BLOCK, np.uint8)
-
-
-def _is_death_of_a_worker(error: Exception) -> bool:
-    """torch has no type for it: `DataLoader worker (pid(s) ...) exited unexpectedly`.
-
-    A worker that dies after it has announced a batch, before the tensors are fetched from it, is missed by
-    the connection over which they come: on a GPU by the thread that pins memory, which ends of it.
-    """
-    known = ("DataLoader worker (pid", "Pin memory thread exited unexpectedly")
-    return not isinstance(error, RuntimeError) or str(error).startswith(known)

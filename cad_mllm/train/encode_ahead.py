@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from cad_mllm.config import TrainConfig
 from cad_mllm.data.atomic import make_writable
@@ -25,6 +24,7 @@ from cad_mllm.data.features import (
 from cad_mllm.data.files import FloatArray, UnusableFileError
 from cad_mllm.data.index import Index
 from cad_mllm.data.loader import eval_samples
+from cad_mllm.data.prefetch import prefetched
 from cad_mllm.data.progress import SlowProgress
 from cad_mllm.data.sequence import Modality
 from cad_mllm.model.build import Built
@@ -113,15 +113,13 @@ def _encode(
         )
         for start in range(0, len(several), _AT_ONCE)
     ]
-    inputs = _Inputs(index, spec, config.run.seed, groups)
+    inputs = _Inputs(index, spec, config.run.seed, [one for group in groups for one in group])
+    read = prefetched(inputs, config.data.num_workers, pin_memory=False)
     computed = 0
     with SlowProgress("Encoding pictures and clouds", len(missing)) as progress:
-        for group, read in zip(
-            groups,
-            DataLoader(inputs, batch_size=None, num_workers=config.data.num_workers if groups else 0),
-            strict=True,
-        ):
-            found = [(one, array) for one, array in zip(group, read, strict=True) if array is not None]
+        for group in groups:
+            arrays = [next(read) for _ in group]
+            found = [(one, array) for one, array in zip(group, arrays, strict=True) if array is not None]
             if found:
                 features_NKD = _features(encoders, found[0][0].modality, [array for _, array in found], world)
                 for (one, _), features_KD in zip(found, features_NKD.cpu(), strict=True):
@@ -140,24 +138,20 @@ def _features(
     return encoders.encode_images(inputs) if modality == "image" else encoders.encode_points(inputs)
 
 
-class _Inputs(Dataset[list[FloatArray | None]]):
-    """What the encoders take of each group; None for what cannot be read: its sample is lost at its turn."""
+class _Inputs:
+    """What the encoders take of each; None for what cannot be read: its sample is lost at its turn."""
 
-    def __init__(
-        self, index: Index, spec: SequenceSpec, seed: int, groups: Sequence[Sequence[Wanted]]
-    ) -> None:
+    def __init__(self, index: Index, spec: SequenceSpec, seed: int, wanted: Sequence[Wanted]) -> None:
         self._index = index
         self._spec = spec
         self._seed = seed
-        self._groups = groups
+        self._wanted = wanted
 
     def __len__(self) -> int:
-        return len(self._groups)
+        return len(self._wanted)
 
-    def __getitem__(self, number: int) -> list[FloatArray | None]:
-        return [self._read(one) for one in self._groups[number]]
-
-    def _read(self, one: Wanted) -> FloatArray | None:
+    def __getitem__(self, number: int) -> FloatArray | None:
+        one = self._wanted[number]
         index, spec = self._index, self._spec
         sample_id, row = index.ids[one.number], index.row(one.number)
         try:
@@ -166,3 +160,7 @@ class _Inputs(Dataset[list[FloatArray | None]]):
             return read_points(index, sample_id, row, (self._seed, *DRAWN_ONCE, sample_id), spec)
         except UnusableFileError:
             return None
+
+    def without(self, number: int, reason: str) -> FloatArray | None:
+        """As of a file that cannot be read."""
+        return None
