@@ -22,7 +22,7 @@ def resolve_zero(config: TrainConfig, world: World) -> ZeroConfig | None:
     shape = ModelShape(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
-        layer_parameters=layer_sizes(config.model).parameters,
+        layer_parameters=layer_sizes(config.model, fused=False).parameters,
         lora_r=config.model.lora_r if config.model.use_lora else None,
     )
     raw = read_deepspeed_json(config.run.deepspeed_config)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cad_mllm.config import TrainConfig
 from cad_mllm.model.image_encoder import IMAGE_SIZE
+from cad_mllm.model.kernels import has_liger
 from cad_mllm.model.point_encoder import PointEncoderConfig
 from cad_mllm.model.sizes import layer_sizes, parameter_counts
 from cad_mllm.train.distributed import World
@@ -84,14 +85,17 @@ def recomputed_layers(config: TrainConfig, zero: ZeroConfig | None, world: World
     """
     if not config.model.gpu_memory_gb:
         return None
-    demand, layer = demand_of(config, zero, world), layer_sizes(config.model)
+    demand = demand_of(config, zero, world)
+    layer = layer_sizes(config.model, fused=demand.flash_attention and has_liger())
     tokens = config.optim.pack_tokens or config.optim.batch_size * config.data.max_seq_length
     gradients = demand.trainable * (demand.weight_bytes if zero is not None else 4)
     if demand.zero_stage >= 2:
         gradients //= world.size
     gathered = 0
     if demand.zero_stage == 3:
-        at_a_time = _GATHERED_LAYERS * layer.parameters + 2 * layer.head_parameters
+        # A frozen head and frozen embeddings are whole for a moment each, if at all.
+        heads = 1 if config.model.use_lora else 2
+        at_a_time = _GATHERED_LAYERS * layer.parameters + heads * layer.head_parameters
         keeps_all = zero is not None and zero.keeps_weights
         gathered = (demand.parameters if keeps_all else at_a_time) * demand.weight_bytes
     loss = _LOSS_BYTES + (0 if config.model.use_lora else 4 * layer.head_parameters)

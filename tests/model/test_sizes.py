@@ -54,7 +54,7 @@ def test_a_layer_keeps_what_is_estimated(lora: bool, monkeypatch: pytest.MonkeyP
         measured.append(kept_bytes(lm.model.train(), SHAPE["hidden_size"], torch.bfloat16))
         monkeypatch.setattr(sizes, "read_lm_config", lambda _, shape=shape: shape)
     per_token = (measured[1] - measured[0]) / 2 / TOKENS
-    estimated = layer_sizes(config)
+    estimated = layer_sizes(config, fused=False)
     assert estimated.num_layers == 3
     assert estimated.activation_bytes == pytest.approx(per_token, rel=0.02)
     assert estimated.input_bytes == 2 * SHAPE["hidden_size"]
@@ -62,13 +62,24 @@ def test_a_layer_keeps_what_is_estimated(lora: bool, monkeypatch: pytest.MonkeyP
 
 
 def test_sizes_of_qwen3_8b() -> None:
-    lora = layer_sizes(ModelConfig(llm_model_name="qwen3-8b-random"))
+    lora = layer_sizes(ModelConfig(llm_model_name="qwen3-8b-random"), fused=False)
     assert lora.num_layers == 36
     assert lora.head_parameters == 151_936 * 4096
     assert 150_000 < lora.activation_bytes < 250_000
     assert lora.input_bytes == 8192
-    wide = layer_sizes(ModelConfig(llm_model_name="qwen3-8b-random", dtype="float32"))
+    wide = layer_sizes(ModelConfig(llm_model_name="qwen3-8b-random", dtype="float32"), fused=False)
     assert wide.activation_bytes == 2 * lora.activation_bytes
+
+
+@pytest.mark.parametrize("ranks, measured_gb", [(2, 100.4), (4, 100.1)])
+def test_what_fused_kernels_keep_is_what_a_step_under_zero_2_took(ranks: int, measured_gb: float) -> None:
+    """Row D of the benchmark: 16,384 tokens on H200s, nothing recomputed; see tests/bench/results."""
+    config = ModelConfig(llm_model_name="qwen3-8b-random", point_encoder="tiny", vision_model_name="tiny")
+    layer, counts = layer_sizes(config, fused=True), parameter_counts(config)
+    weights, gradients, states = 2 * counts.total, 2 * counts.trainable, 12 * counts.trainable / ranks
+    loss = 5 * 2**28
+    kept = layer.num_layers * 16_384 * layer.activation_bytes
+    assert (weights + gradients + states + loss + kept) / 1e9 == pytest.approx(measured_gb, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["tiny", "small"])
