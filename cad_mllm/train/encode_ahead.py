@@ -61,17 +61,22 @@ def encode_ahead(
         "points": [digest(encoders.point), dtype, spec.num_points, seed],
     }
     folders, computed, count = [], 0, 0
+    unreadable: list[str] = []
     for position, index in enumerate(indices):
         folder = FeatureFolder.of(root, index, made_by)
         if position == 0:
             wanted = _wanted_in_training(index, seed, stages, world)
         else:
             wanted = set(wanted_by_validation(index, eval_samples(len(index)), seed))
-        computed += _encode(folder, index, sorted(wanted), encoders, spec, config, world)
+        done, lost = _encode(folder, index, sorted(wanted), encoders, spec, config, world)
+        computed, unreadable = computed + done, unreadable + lost
         count += len(wanted)
         folders.append(folder)
     total = int(world.sum(float(computed))[0])  # nobody goes on before all are there
     line = f"features of {count} pictures and clouds in {root}, {total} of them computed now"
+    reasons = [reason for of_rank in world.gather(unreadable) for reason in of_rank]
+    if reasons:
+        line += f"; not readable: {len(reasons)}, for instance {reasons[0]}"
     return replace(built, encoders=StoredEncoders(encoders)), folders, line
 
 
@@ -95,8 +100,8 @@ def _encode(
     spec: SequenceSpec,
     config: TrainConfig,
     world: World,
-) -> int:
-    """Compute this rank's share of what is not there; how many that were."""
+) -> tuple[int, list[str]]:
+    """Compute this rank's share of what is not there: how many that were, and why others cannot be."""
     own, missing = wanted[world.rank :: world.size], []
     with SlowProgress("Looking for features", len(own)) as progress:
         for start in range(0, len(own), _LOOKED_FOR_AT_ONCE):
@@ -115,11 +120,14 @@ def _encode(
     ]
     inputs = _Inputs(index, spec, config.run.seed, [one for group in groups for one in group])
     read = prefetched(inputs, config.data.num_workers, pin_memory=False)
-    computed = 0
+    computed, unreadable = 0, list[str]()
     with SlowProgress("Encoding pictures and clouds", len(missing)) as progress:
         for group in groups:
             arrays = [next(read) for _ in group]
-            found = [(one, array) for one, array in zip(group, arrays, strict=True) if array is not None]
+            found = [
+                (one, array) for one, array in zip(group, arrays, strict=True) if not isinstance(array, str)
+            ]
+            unreadable += [reason for reason in arrays if isinstance(reason, str)]
             if found:
                 features_NKD = _features(encoders, found[0][0].modality, [array for _, array in found], world)
                 for (one, _), features_KD in zip(found, features_NKD.cpu(), strict=True):
@@ -127,7 +135,7 @@ def _encode(
             computed += len(found)
             if world.is_main:
                 progress.advance(len(group))
-    return computed
+    return computed, unreadable
 
 
 def _features(
@@ -139,7 +147,7 @@ def _features(
 
 
 class _Inputs:
-    """What the encoders take of each; None for what cannot be read: its sample is lost at its turn."""
+    """What the encoders take of each, or why it cannot be read: its sample is lost at its turn."""
 
     def __init__(self, index: Index, spec: SequenceSpec, seed: int, wanted: Sequence[Wanted]) -> None:
         self._index = index
@@ -150,7 +158,7 @@ class _Inputs:
     def __len__(self) -> int:
         return len(self._wanted)
 
-    def __getitem__(self, number: int) -> FloatArray | None:
+    def __getitem__(self, number: int) -> FloatArray | str:
         one = self._wanted[number]
         index, spec = self._index, self._spec
         sample_id, row = index.ids[one.number], index.row(one.number)
@@ -158,9 +166,10 @@ class _Inputs:
             if one.modality == "image":
                 return normalise_images(read_image(index, sample_id, row, one.view, spec), spec)
             return read_points(index, sample_id, row, (self._seed, *DRAWN_ONCE, sample_id), spec)
-        except UnusableFileError:
-            return None
+        except UnusableFileError as error:
+            return str(error)
 
-    def without(self, number: int, reason: str) -> FloatArray | None:
+    def without(self, number: int, reason: str) -> FloatArray | str:
         """As of a file that cannot be read."""
-        return None
+        one = self._wanted[number]
+        return f"{one.modality} of {self._index.ids[one.number]}: {reason}"

@@ -108,7 +108,11 @@ def test_damaged_features_cost_their_sample_and_the_line_says_which_file(data: P
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_cloud_of_which_a_loader_process_dies_costs_its_sample(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    num_workers: int,
 ) -> None:
     whole = configure(data, tmp_path, "whole", encoder_features=tmp_path / "whole-features")
     with world(whole.run) as alone:
@@ -128,8 +132,10 @@ def test_a_cloud_of_which_a_loader_process_dies_costs_its_sample(
     assert train(config) == ExitCode.DONE
     of_all = len(list((tmp_path / "whole-features").rglob("*.safetensors")))
     assert len(feature_files(tmp_path)) == of_all - 1
-    skipped = (tmp_path / "run" / "skipped.jsonl").read_text()
-    assert "points" in skipped
+    assert "points" in (tmp_path / "run" / "skipped.jsonl").read_text()
+    said = capsys.readouterr().out.replace("\n", " ")
+    # The same data are the validation's: it is tried twice.
+    assert "not readable: 2, for instance points of" in said and "a loader process died of it" in said
 
 
 def test_other_data_or_another_seed_of_the_points_is_computed_anew(data: Path, tmp_path: Path) -> None:
