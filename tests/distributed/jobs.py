@@ -12,6 +12,7 @@ import torch
 
 from cad_mllm.errors import CadMllmError
 from cad_mllm.model import loss as unsharded
+from cad_mllm.model import presets
 from cad_mllm.model.loss import IGNORED_LABEL, LinearCrossEntropy
 from cad_mllm.settings import parse_train_args
 from cad_mllm.train import gathering, trainer
@@ -251,6 +252,19 @@ def gathered_in_another_order(flags: list[str]) -> list[str]:
             fit(run, stop, watchdog)
         run.tracker.close()
     return by
+
+
+def train_with_tied_head(runs: list[list[str]]) -> list[int]:
+    """`train_all`, but the LM has its embeddings for a head, as the smaller ones of Qwen3 do."""
+    untied = presets.lm_config
+
+    def tied(name: str) -> Any:
+        config = untied(name)
+        config.tie_word_embeddings = True
+        return config
+
+    presets.lm_config = tied
+    return train_all(runs)
 
 
 def spread_cross_entropy(seed: int) -> dict[str, list[float]]:
