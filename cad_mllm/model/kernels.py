@@ -19,7 +19,7 @@ import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 _FAMILIES = ("Qwen2", "Qwen3", "Llama", "Mistral")
 """Whose norm is weight * x / rms(x), computed in fp32, and whose MLP is down(silu(gate(x)) * up(x))."""
@@ -181,6 +181,12 @@ def has_liger() -> bool:
     compilers = [os.environ.get("CC", ""), "clang", "gcc"]
     headers = Path(sysconfig.get_paths()["include"], "Python.h")
     return installed and any(shutil.which(name) for name in compilers) and headers.is_file()
+
+
+def fuses_layers(lm: PretrainedConfig) -> bool:
+    """Whether norms, gates and rotary embeddings in the layers of such an LM are fused on CUDA."""
+    of_family = lm.model_type in {family.lower() for family in _FAMILIES}
+    return of_family and getattr(lm, "hidden_act", None) in _SILU and has_liger()
 
 
 def fuse_norms(lm: PreTrainedModel) -> None:

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cad_mllm.config import TrainConfig
+from cad_mllm.model.build import read_lm_config
 from cad_mllm.model.image_encoder import IMAGE_SIZE
-from cad_mllm.model.kernels import has_liger
+from cad_mllm.model.kernels import fuses_layers
 from cad_mllm.model.point_encoder import PointEncoderConfig
 from cad_mllm.model.sizes import layer_sizes, parameter_counts
 from cad_mllm.train.distributed import World
@@ -86,7 +87,8 @@ def recomputed_layers(config: TrainConfig, zero: ZeroConfig | None, world: World
     if not config.model.gpu_memory_gb:
         return None
     demand = demand_of(config, zero, world)
-    layer = layer_sizes(config.model, fused=demand.flash_attention and has_liger())
+    fused = demand.flash_attention and fuses_layers(read_lm_config(config.model.llm_model_name))
+    layer = layer_sizes(config.model, fused=fused)
     tokens = config.optim.pack_tokens or config.optim.batch_size * config.data.max_seq_length
     gradients = demand.trainable * (demand.weight_bytes if zero is not None else 4)
     if demand.zero_stage >= 2:

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from transformers import GemmaConfig, PretrainedConfig, Qwen3Config
 
 from cad_mllm.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
+from cad_mllm.model import kernels
 from cad_mllm.train.demand import recomputed_layers
 from cad_mllm.train.distributed import World
 from cad_mllm.train.zero import OptimizerSettings, ZeroConfig
@@ -50,6 +52,16 @@ def test_what_takes_memory_leaves_less_for_activations() -> None:
     assert layers(60.0, stage=2) > usual  # type: ignore[operator]  # all weights on every card
     assert layers(60.0, use_lora=False) > usual  # type: ignore[operator]  # optimiser state of all weights
     assert layers(60.0, pack_tokens=0) == usual  # 4 x 2,048 padded tokens
+
+
+@pytest.mark.parametrize("lm, fused", [(Qwen3Config(), True), (GemmaConfig(), False)])
+def test_only_layers_that_fused_kernels_compute_are_counted_as_such(
+    lm: PretrainedConfig, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "has_liger", lambda: True)
+    assert kernels.fuses_layers(lm) == fused
+    monkeypatch.setattr(kernels, "has_liger", lambda: False)
+    assert not kernels.fuses_layers(lm)
 
 
 def test_fp32_keeps_twice_as_much() -> None:
