@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from cad_mllm.train.distributed import World
+from cad_mllm.train.frozen_layers import FrozenLayers, frozen_layers
 from cad_mllm.train.gathering import (
     KeptWhole,
     gather_for_the_forward_pass_alone,
     gather_in_place,
     gather_layer_by_layer,
+    receive,
     without_profiler_ranges,
 )
 from cad_mllm.train.gradients import measure_at_once, update_at_once
@@ -190,6 +192,7 @@ class ZeroEngine:
             self._kept = KeptWhole(self._zero)
             spread_head(self._engine.module)
             gather_in_place(self._engine.module)
+            FrozenLayers(frozen_layers(self._zero), receive)
         (update_at_once if zero.stage == 3 else measure_at_once)(self._zero)
         self.module: nn.Module = self._engine
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer

@@ -177,24 +177,42 @@ def _gather_in_place(
     """As `Parameter.all_gather_coalesced`, which does what is rare: padded or quantised shards."""
     ordered = sorted(params, key=lambda p: p.ds_id)  # the same on all ranks
     group = ordered[0].ds_process_group
-    ranks = distributed.get_world_size(group)
     usual = not (safe_mode or quantize) and all(
-        p.ds_secondary_tensor is None
-        and p.ds_process_group is group
-        and p.ds_numel == ranks * p.ds_tensor.ds_numel
-        and p.ds_tensor.numel() == p.ds_tensor.ds_numel
-        for p in ordered
+        p.ds_process_group is group and is_received_whole(p) for p in ordered
     )
-    if not usual or ranks == 1:
+    if not usual:
         return of_deepspeed(ordered, safe_mode=safe_mode, quantize=quantize)
-    whole = [p.ds_tensor.new_empty(p.ds_shape, device=p.device) for p in ordered]
+    for p in ordered:
+        assert p.ds_status is type(p.ds_status).NOT_AVAILABLE
+        p.ds_status = type(p.ds_status).INFLIGHT
+    gathered, whole = receive(ordered)
+    return _InFlight(gathered, ordered, whole)
+
+
+def is_received_whole(parameter: Any) -> bool:
+    """Whether the shards of all ranks, one after the other, are a parameter of DeepSpeed's ZeRO-3."""
+    ranks, shard = distributed.get_world_size(parameter.ds_process_group), parameter.ds_tensor
+    return bool(
+        ranks > 1
+        and parameter.ds_secondary_tensor is None
+        and parameter.ds_numel == ranks * shard.ds_numel
+        and shard.numel() == shard.ds_numel
+        and not hasattr(shard, "ds_quant_scale")
+    )
+
+
+def receive(parameters: Sequence[Any]) -> tuple[distributed.Work, list[Tensor]]:
+    """Start to gather parameters for which `is_received_whole`, of one group; on all ranks alike.
+
+    Returns what to wait with, and the whole weights, which are there then.
+    """
+    group = parameters[0].ds_process_group
+    whole = [p.ds_tensor.new_empty(p.ds_shape, device=p.device) for p in parameters]
     with torch.no_grad(), distributed_c10d._coalescing_manager(group, async_ops=True) as gathered:
-        for p, w in zip(ordered, whole, strict=True):
-            assert p.ds_status is type(p.ds_status).NOT_AVAILABLE
-            p.ds_status = type(p.ds_status).INFLIGHT
+        for p, w in zip(parameters, whole, strict=True):
             shard = p.ds_tensor.to(p.device, non_blocking=True)  # it may rest in host memory
             distributed.all_gather_into_tensor(w.view(-1), shard, group=group)
-    return _InFlight(gathered, ordered, whole)
+    return gathered, whole
 
 
 class _InFlight:

@@ -4,18 +4,20 @@ import copy
 import os
 import signal
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d
 
 from cad_mllm.errors import CadMllmError
 from cad_mllm.model import loss as unsharded
 from cad_mllm.model import presets
 from cad_mllm.model.loss import IGNORED_LABEL, LinearCrossEntropy
 from cad_mllm.settings import parse_train_args
-from cad_mllm.train import gathering, trainer
+from cad_mllm.train import trainer
 from cad_mllm.train.distributed import world
 from cad_mllm.train.doctor import examine
 from cad_mllm.train.run import prepare_run
@@ -188,14 +190,21 @@ def all_gathers_of_steps(flags: list[str]) -> list[list[int]]:
             counts[-1][1] += output_tensor.numel()
             return gather(output_tensor=output_tensor, **more)
 
-        in_flight = gathering._InFlight
+        together, gather_one = distributed_c10d._coalescing_manager, torch.distributed.all_gather_into_tensor
 
-        def counted_layer(gathered: Any, params: Any, whole: Any) -> Any:
+        @contextmanager
+        def counted_together(*given: Any, **more: Any) -> Any:
+            def counted_one(whole: Any, *given: Any, **more: Any) -> Any:
+                counts[-1][1] += whole.numel()
+                return gather_one(whole, *given, **more)
+
             counts[-1][0] += 1
-            counts[-1][1] += sum(w.numel() for w in whole)
-            return in_flight(gathered, params, whole)
+            torch.distributed.all_gather_into_tensor = counted_one
+            with together(*given, **more) as gathered:
+                yield gathered
+            torch.distributed.all_gather_into_tensor = gather_one
 
-        gathering._InFlight = counted_layer  # type: ignore[assignment, misc]
+        distributed_c10d._coalescing_manager = counted_together
         comm.cdb.all_gather_into_tensor, trainer._train_step = counted, train_step
         with StopSignal() as stop, Watchdog(600, config.run.output_dir, ranks.rank) as watchdog:
             fit(run, stop, watchdog)
