@@ -190,7 +190,8 @@ class ZeroEngine:
         if zero.stage == 3:
             gather_for_the_forward_pass_alone(self._zero)
             self._kept = KeptWhole(self._zero)
-            spread_head(self._engine.module)
+            assert world.control is not None, "DeepSpeed runs in a process group"
+            spread_head(self._engine.module, world.control)
             gather_in_place(self._engine.module)
             FrozenLayers(frozen_layers(self._zero), receive)
         (update_at_once if zero.stage == 3 else measure_at_once)(self._zero)

@@ -1,4 +1,4 @@
-"""Decoder layers under ZeRO-3 whose shared-out weights are all frozen, as with LoRA: gathered without DeepSpeed.
+"""Decoder layers under ZeRO-3 whose shared-out weights are all frozen, as with LoRA: gathered by hooks of ours.
 
 Frozen weights have no gradients and never change. So what DeepSpeed keeps account of for each parameter at
 each module falls away: the layer that comes next is received while this one computes, what the forward pass

@@ -300,7 +300,7 @@ def spread_cross_entropy(seed: int) -> dict[str, list[float]]:
     weight.ds_tensor, weight.ds_shape = weight.data.chunk(2)[rank].flatten(), weight.shape
     weight.ds_process_group, weight.ds_secondary_tensor = torch.distributed.group.WORLD, None
     weight.ds_persist, weight.data = False, torch.empty(0, dtype=torch.float64)
-    spread_head(spread)
+    spread_head(spread, torch.distributed.group.WORLD)  # type: ignore[arg-type]
     found = {}
     for name, module in (("spread", spread), ("whole", whole)):
         mine = x.clone().requires_grad_()
