@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from cad_mllm.train.distributed import World
-from cad_mllm.train.frozen_layers import FrozenLayers, frozen_layers
+from cad_mllm.train.frozen_layers import (
+    FrozenLayers,
+    frozen_layers,
+    sharded_parameters,
+    without_deepspeed,
+)
 from cad_mllm.train.gathering import (
     KeptWhole,
     gather_for_the_forward_pass_alone,
@@ -28,6 +34,7 @@ from cad_mllm.train.gathering import (
 )
 from cad_mllm.train.gradients import measure_at_once, update_at_once
 from cad_mllm.train.optim import Flat, Fragment, NamedGroups, zero_moments
+from cad_mllm.train.peer_memory import embeddings_by_rows, map_peer_memory
 from cad_mllm.train.spread_head import spread_head
 from cad_mllm.train.zero import OptimizerSettings, ZeroConfig
 
@@ -193,7 +200,7 @@ class ZeroEngine:
             assert world.control is not None, "DeepSpeed runs in a process group"
             spread_head(self._engine.module, world.control)
             gather_in_place(self._engine.module)
-            FrozenLayers(frozen_layers(self._zero), receive)
+            _gather_frozen(self._zero, world)
         (update_at_once if zero.stage == 3 else measure_at_once)(self._zero)
         self.module: nn.Module = self._engine
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer
@@ -262,6 +269,19 @@ class ZeroEngine:
                 "communication of one micro-batch and the step after it:\n%s",
                 _communication_table(measured["summary"]),
             )
+
+
+def _gather_frozen(zero: Any, world: World) -> None:
+    """Frozen layers of ZeRO-3 and frozen embeddings: out of each other's memory where the GPUs can."""
+    layers = frozen_layers(zero)
+    embeddings = embeddings_by_rows(zero.parameter_offload.module)
+    of_layers = [sharded_parameters(layer) for layer in layers]
+    memory = map_peer_memory([*of_layers, *([e.weight] for e in embeddings)], world)
+    FrozenLayers(layers, receive if memory is None else memory.receive)
+    if memory is not None:
+        for embedding in embeddings:
+            embedding.forward = partial(memory.look_up, embedding.weight)  # type: ignore[method-assign]
+            without_deepspeed(embedding)
 
 
 def _communication_table(summary: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> str:

@@ -1,4 +1,4 @@
-"""Decoder layers under ZeRO-3 whose shared-out weights are all frozen, as with LoRA: gathered by hooks of ours.
+"""Decoder layers under ZeRO-3 whose shared-out weights are all frozen, as with LoRA: gathered by our hooks.
 
 Frozen weights have no gradients and never change. So what DeepSpeed keeps account of for each parameter at
 each module falls away: the layer that comes next is received while this one computes, what the forward pass
@@ -101,8 +101,8 @@ class FrozenLayers:
         if number not in self._there:
             idle = [other for other in self._there if other not in self._computing]
             for other in idle[: max(0, len(self._there) + 1 - _AT_A_TIME)]:
-                receipt, _ = self._there.pop(other)
-                receipt.wait()  # its memory is free for what this stream does next
+                # Its memory is then free for what this stream does next.
+                self._there.pop(other)[0].wait()
             self._there[number] = self._receive(self._sharded[number])
         return self._there[number]
 

@@ -201,6 +201,16 @@ def is_received_whole(parameter: Any) -> bool:
     )
 
 
+def comes_apart_into_rows(parameter: Any) -> bool:
+    """Whether a parameter is frozen and shared out, and each rank has as many whole rows of it."""
+    return (
+        not parameter.requires_grad
+        and not parameter.ds_persist
+        and is_received_whole(parameter)
+        and parameter.ds_shape[0] % distributed.get_world_size(parameter.ds_process_group) == 0
+    )
+
+
 def receive(parameters: Sequence[Any]) -> tuple[distributed.Work, list[Tensor]]:
     """Start to gather parameters for which `is_received_whole`, of one group; on all ranks alike.
 

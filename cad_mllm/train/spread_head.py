@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from cad_mllm.model import loss as unsharded
 from cad_mllm.model.loss import IGNORED_LABEL, LinearCrossEntropy
 from cad_mllm.train.frozen_layers import without_deepspeed
+from cad_mllm.train.gathering import comes_apart_into_rows
 
 
 def spread_head(module: nn.Module, control: distributed.ProcessGroup) -> None:
@@ -33,22 +34,11 @@ def spread_head(module: nn.Module, control: distributed.ProcessGroup) -> None:
             meanwhile.
     """
     for loss in module.modules():
-        if isinstance(loss, LinearCrossEntropy) and _comes_apart(loss):
-            (weight,) = loss.parameters()
+        weights = list(loss.parameters()) if isinstance(loss, LinearCrossEntropy) else []
+        if len(weights) == 1 and comes_apart_into_rows(weights[0]):
+            (weight,) = weights
             loss.forward = partial(_forward, weight, control)  # type: ignore[method-assign]
             without_deepspeed(loss)
-
-
-def _comes_apart(loss: LinearCrossEntropy) -> bool:
-    weights: list[Any] = list(loss.parameters())
-    return len(weights) == 1 and all(
-        not weight.requires_grad
-        and not weight.ds_persist
-        and weight.ds_shape[0] % distributed.get_world_size(weight.ds_process_group) == 0
-        and weight.ds_tensor.dtype == weight.dtype
-        and weight.ds_secondary_tensor is None
-        for weight in weights
-    )
 
 
 def _forward(weight: Any, control: distributed.ProcessGroup, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:

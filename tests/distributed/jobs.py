@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.distributed import distributed_c10d
 
+from cad_mllm.config import RunConfig
 from cad_mllm.errors import CadMllmError
 from cad_mllm.model import loss as unsharded
 from cad_mllm.model import presets
@@ -20,6 +21,7 @@ from cad_mllm.settings import parse_train_args
 from cad_mllm.train import trainer
 from cad_mllm.train.distributed import world
 from cad_mllm.train.doctor import examine
+from cad_mllm.train.peer_memory import map_peer_memory
 from cad_mllm.train.run import prepare_run
 from cad_mllm.train.spread_head import spread_head
 from cad_mllm.train.stop import StopSignal
@@ -299,6 +301,7 @@ def spread_cross_entropy(seed: int) -> dict[str, list[float]]:
     weight: Any = spread.weight
     weight.ds_tensor, weight.ds_shape = weight.data.chunk(2)[rank].flatten(), weight.shape
     weight.ds_process_group, weight.ds_secondary_tensor = torch.distributed.group.WORLD, None
+    weight.ds_numel, weight.ds_tensor.ds_numel = weight.data.numel(), weight.ds_tensor.numel()
     weight.ds_persist, weight.data = False, torch.empty(0, dtype=torch.float64)
     spread_head(spread, torch.distributed.group.WORLD)  # type: ignore[arg-type]
     found = {}
@@ -312,3 +315,36 @@ def spread_cross_entropy(seed: int) -> dict[str, list[float]]:
         found[name] = [float(loss), float(alone), *mine.grad.flatten().tolist()]
     torch.distributed.destroy_process_group()
     return found
+
+
+def read_from_peers(seed: int) -> dict[str, bool]:
+    """On GPUs: whether what a rank reads of the others is what was shared out, while the GPU is busy."""
+    os.environ["DS_ACCELERATOR"] = "cuda"
+    config = RunConfig(output_dir=Path(), device="cuda", deepspeed=True)
+    with world(config) as ranks:
+        device, group = ranks.device, torch.distributed.group.WORLD
+        generator = torch.Generator().manual_seed(seed)
+        shapes = [(64, 1024), (512, 256), (40, 16)]
+        whole = [torch.randn(shape, generator=generator).bfloat16().to(device) for shape in shapes]
+        shared: list[Any] = [torch.nn.Parameter(torch.empty(0), requires_grad=False) for _ in shapes]
+        for p, w in zip(shared, whole, strict=True):
+            p.ds_tensor = w.flatten().chunk(ranks.size)[ranks.rank].clone()
+            p.ds_shape, p.ds_process_group = w.shape, group
+        *weights, table = shared
+        os.environ["NCCL_P2P_DISABLE"] = "1"
+        forbidden = map_peer_memory([weights, [table]], ranks) is None
+        del os.environ["NCCL_P2P_DISABLE"]
+        memory = map_peer_memory([weights, [table]], ranks)
+        if memory is None:
+            return {"mapped": False}
+        work, same = torch.randn(4096, 4096, device=device), []
+        for _ in range(20):
+            receipt, read = memory.receive(weights)
+            work = work @ work / 64
+            receipt.wait()
+            same.append(torch.stack([(r == w).all() for r, w in zip(read, whole, strict=False)]).all())
+            del read
+        numbers = torch.tensor([[0, 39, 20], [19, 1, 21]], device=device)
+        rows = bool((memory.look_up(table, numbers) == whole[-1][numbers]).all())
+        ranks.barrier()
+        return {"mapped": True, "weights": all(map(bool, same)), "rows": rows, "forbidden": forbidden}
