@@ -21,6 +21,7 @@ from cad_mllm.train.distributed import World
 from cad_mllm.train.frozen_layers import (
     FrozenLayers,
     frozen_layers,
+    mark_others_only,
     sharded_parameters,
     without_deepspeed,
 )
@@ -200,7 +201,7 @@ class ZeroEngine:
             assert world.control is not None, "DeepSpeed runs in a process group"
             spread_head(self._engine.module, world.control)
             gather_in_place(self._engine.module)
-            _gather_frozen(self._zero, world)
+            _gather_frozen(self._engine, self._zero, world)
         (update_at_once if zero.stage == 3 else measure_at_once)(self._zero)
         self.module: nn.Module = self._engine
         self.optimizer: torch.optim.Optimizer = self._zero.optimizer
@@ -271,13 +272,14 @@ class ZeroEngine:
             )
 
 
-def _gather_frozen(zero: Any, world: World) -> None:
+def _gather_frozen(engine: Any, zero: Any, world: World) -> None:
     """Frozen layers of ZeRO-3 and frozen embeddings: out of each other's memory where the GPUs can."""
     layers = frozen_layers(zero)
     embeddings = embeddings_by_rows(zero.parameter_offload.module)
     of_layers = [sharded_parameters(layer) for layer in layers]
     memory = map_peer_memory([*of_layers, *([e.weight] for e in embeddings)], world)
     FrozenLayers(layers, receive if memory is None else memory.receive)
+    mark_others_only(engine, layers)
     if memory is not None:
         for embedding in embeddings:
             embedding.forward = partial(memory.look_up, embedding.weight)  # type: ignore[method-assign]

@@ -113,6 +113,29 @@ class FrozenLayers:
             p.ds_status = type(p.ds_status).NOT_AVAILABLE
 
 
+def mark_others_only(engine: Any, layers: Sequence[nn.Module]) -> None:
+    """Let DeepSpeed mark only modules with parameters, and none in these layers, as being in a forward pass.
+
+    It marks all of them before each micro-batch, to gather what one uses of another: 3,000 of an 8B LM with
+    LoRA, in 7 ms in which the GPU has nothing to do. In layers that are gathered at once nothing is missing.
+    """
+    within = {id(part) for layer in layers for part in layer.modules()}
+    marked = [part for part in engine.module.modules() if part._parameters and id(part) not in within]
+
+    def over_marked(walk: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            engine.module.modules = lambda: iter(marked)
+            try:
+                return walk(*given)
+            finally:
+                del engine.module.modules
+
+        return run
+
+    engine._forward_prologue = over_marked(engine._forward_prologue)
+    engine._forward_epilogue = over_marked(engine._forward_epilogue)
+
+
 def without_deepspeed(module: nn.Module) -> None:
     """Take the hooks of DeepSpeed's ZeRO-3 from a module, by which it gathers and drops its weights."""
     for hooks in (module._forward_pre_hooks, module._forward_hooks):

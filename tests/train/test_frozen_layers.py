@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cad_mllm.train.frozen_layers import FrozenLayers
+from cad_mllm.train.frozen_layers import FrozenLayers, mark_others_only
 
 LAYERS, WIDTH = 6, 5
 
@@ -170,3 +170,29 @@ def test_hooks_of_others_stay_and_those_of_deepspeed_go() -> None:
     shared_out(layers)
     step(layers, recompute=False)
     assert called == [2]
+
+
+def test_what_is_marked_for_a_forward_pass_has_parameters_and_lies_outside_of_the_layers() -> None:
+    class Engine:
+        """Goes through the modules as DeepSpeed's does."""
+
+        def __init__(self) -> None:
+            self.module = nn.Sequential(nn.Linear(2, 2), nn.GELU(), Layer(), nn.LayerNorm(2))
+            self.seen: list[str] = []
+
+        def _forward_prologue(self, inputs: object, kwargs: object) -> None:
+            self.seen += [type(part).__name__ for part in self.module.modules()]
+
+        def _forward_epilogue(self) -> None:
+            self.seen += [type(part).__name__ for part in self.module.modules()]
+            raise RuntimeError("midway")
+
+    engine = Engine()
+    everything = list(engine.module.modules())
+    mark_others_only(engine, [engine.module[2]])
+    engine._forward_prologue((), {})
+    assert engine.seen == ["Linear", "LayerNorm"]
+    with pytest.raises(RuntimeError, match="midway"):
+        engine._forward_epilogue()
+    assert engine.seen == ["Linear", "LayerNorm"] * 2
+    assert list(engine.module.modules()) == everything
