@@ -66,6 +66,4 @@ def build_engine(
     if zero is not None:
         return ZeroEngine(built.model, groups, zero, world, log_dir=log_dir)
     settings = OptimizerSettings(weight_decay=config.optim.weight_decay)
-    return PlainEngine(
-        built.model, groups, settings, max_grad_norm=config.optim.max_grad_norm, device=world.device
-    )
+    return PlainEngine(built.model, groups, settings, max_grad_norm=config.optim.max_grad_norm)

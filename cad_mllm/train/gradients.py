@@ -35,6 +35,7 @@ def measure_at_once(zero: Any) -> None:
     zero.get_grad_norm_direct = norm
     # A norm that is not finite skips the step as well.
     zero.check_overflow = lambda partition_gradients=True: None
+    _update_without_the_host(zero)
     stream = zero.reduction_stream
     if zero.overlap_comm and isinstance(stream, torch.cuda.Stream):
         epilogue = zero.independent_gradient_partition_epilogue
@@ -44,6 +45,29 @@ def measure_at_once(zero: Any) -> None:
                 epilogue()
 
         zero.independent_gradient_partition_epilogue = without_the_host
+
+
+def _update_without_the_host(zero: Any) -> None:
+    """Let the optimiser's kernel look whether the norm is finite, and change nothing if it is not.
+
+    DeepSpeed's host waits for the norm, and so for the whole backward pass, before it starts what comes then:
+    4 ms, in which the GPU has next to nothing to do. (In fp32 it still does: there it does not let that be.)
+    """
+    optimizer, of_deepspeed = zero.optimizer, zero.scaled_global_norm
+    assert optimizer.defaults["fused"], "this kernel can"
+
+    def norm_of_groups(norm_type: float = 2) -> Tensor:
+        total: Tensor = of_deepspeed(norm_type)  # infinite if that of a group is not finite
+        optimizer.found_inf = (~total.isfinite()).to(torch.float32)
+        return total
+
+    def clip(gradients: Iterable[Tensor], total: Tensor) -> None:
+        if zero.clip_grad > 0:
+            torch._foreach_mul_(list(gradients), 1 / ((total + 1e-6) / zero.clip_grad).clamp(min=1))
+
+    assert zero.loss_scale == 1, "scaled losses come with fp16"
+    zero.check_grad_overflow = False
+    zero.scaled_global_norm, zero.unscale_and_clip_grads = norm_of_groups, clip
 
 
 def update_at_once(zero: Any) -> None:

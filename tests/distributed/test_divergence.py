@@ -49,6 +49,20 @@ def test_a_nan_on_one_rank_is_skipped_by_all_and_by_every_engine_alike(outputs: 
     assert distance(end, weights(outputs / "plain", STEPS)) < 1e-5
 
 
+def test_in_bf16_zero2_skips_without_the_host_what_zero3_skips_by_it(data: Path, tmp_path: Path) -> None:
+    def run(zero: str) -> Path:
+        words = run_flags(data, tmp_path / zero, zero, dtype="bfloat16", save_steps=1)
+        job = {"rank": 1, "steps": BAD, "runs": [[*words, "--keep_last_n_checkpoints", "0"]]}
+        assert run_ranks(JOBS, "train_with_nan", job, world_size=2) == [[0], [0]]
+        return tmp_path / zero
+
+    ours, theirs = run("zero2_config"), run("zero3_config")
+    assert [loss is None for loss in losses(ours)] == [step in BAD for step in range(STEPS)]
+    begin, after, end = (weights(ours, step) for step in (1, 5, STEPS))
+    assert distance(after, weights(theirs, 5)) < 0.1 * distance(after, begin)
+    assert distance(end, weights(theirs, STEPS)) < 0.1 * distance(end, begin)
+
+
 def test_five_in_a_row_end_the_run_with_the_state_before_them(data: Path, tmp_path: Path) -> None:
     words = run_flags(data, tmp_path / "out", "zero2_config", save_steps=3)
     job = {"rank": 1, "steps": [2, 3, 4, 5, 6], "runs": [words]}

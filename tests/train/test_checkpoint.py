@@ -32,7 +32,6 @@ def small_engine(seed: int = 0, width: int = 3) -> PlainEngine:
         {"lm": list(module.named_parameters())},
         OptimizerSettings(),
         max_grad_norm=1.0,
-        device=ALONE.device,
     )
 
 
@@ -119,7 +118,6 @@ def test_state_is_read_under_the_names_that_any_transformers_wrote(tmp_path: Pat
             {"lm": [(name, module.weight)]},
             OptimizerSettings(),
             max_grad_norm=1.0,
-            device=ALONE.device,
         )
 
     straight, resumed = engine(written), engine("attention.query")
