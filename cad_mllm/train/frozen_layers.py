@@ -7,22 +7,15 @@ ends with is what the backward pass begins with, and the host waits for the GPU 
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cad_mllm.train.gathering import is_received_whole
+from cad_mllm.train.gathering import Receipt, is_received_whole
 
 _AT_A_TIME = 2
 """Layers whose weights are there: the one that computes and the one that comes next, or was the last."""
-
-
-class Receipt(Protocol):
-    """Weights on their way."""
-
-    def wait(self) -> object:
-        """Let the current stream, not the host, wait for them."""
 
 
 Receive = Callable[[Sequence[Any]], tuple[Receipt, list[Tensor]]]

@@ -7,7 +7,7 @@ The private attributes of DeepSpeed's ZeRO-3 that are read here are the ones of 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
@@ -211,18 +211,43 @@ def comes_apart_into_rows(parameter: Any) -> bool:
     )
 
 
-def receive(parameters: Sequence[Any]) -> tuple[distributed.Work, list[Tensor]]:
+def receive(parameters: Sequence[Any]) -> tuple["Receipt", list[Tensor]]:
     """Start to gather parameters for which `is_received_whole`, of one group; on all ranks alike.
 
     Returns what to wait with, and the whole weights, which are there then.
     """
     group = parameters[0].ds_process_group
     whole = [p.ds_tensor.new_empty(p.ds_shape, device=p.device) for p in parameters]
+    # They may rest in host memory.
+    shards = [p.ds_tensor.to(p.device, non_blocking=True) for p in parameters]
+    if whole[0].device.type == "cpu":
+        # Coalesced, gloo's threads aborted now and then on a busy machine, their heap damaged.
+        with torch.no_grad():
+            works = [
+                distributed.all_gather_into_tensor(w.view(-1), shard, group=group, async_op=True)
+                for w, shard in zip(whole, shards, strict=True)
+            ]
+        return _Several(works), whole
     with torch.no_grad(), distributed_c10d._coalescing_manager(group, async_ops=True) as gathered:
-        for p, w in zip(parameters, whole, strict=True):
-            shard = p.ds_tensor.to(p.device, non_blocking=True)  # it may rest in host memory
+        for w, shard in zip(whole, shards, strict=True):
             distributed.all_gather_into_tensor(w.view(-1), shard, group=group)
     return gathered, whole
+
+
+class Receipt(Protocol):
+    """Weights on their way."""
+
+    def wait(self) -> object:
+        """Let the current stream, not the host, wait for them."""
+
+
+@dataclass(frozen=True)
+class _Several:
+    works: Sequence[distributed.Work]
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
 
 
 class _InFlight:

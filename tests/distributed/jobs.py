@@ -4,13 +4,11 @@ import copy
 import os
 import signal
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import distributed_c10d
 
 from cad_mllm.config import RunConfig
 from cad_mllm.errors import CadMllmError
@@ -18,7 +16,7 @@ from cad_mllm.model import loss as unsharded
 from cad_mllm.model import presets
 from cad_mllm.model.loss import IGNORED_LABEL, LinearCrossEntropy
 from cad_mllm.settings import parse_train_args
-from cad_mllm.train import trainer
+from cad_mllm.train import engine, gathering, trainer
 from cad_mllm.train.distributed import world
 from cad_mllm.train.doctor import examine
 from cad_mllm.train.peer_memory import map_peer_memory
@@ -183,6 +181,14 @@ def all_gathers_of_steps(flags: list[str]) -> list[list[int]]:
         counts.append([0, 0])
         return step_of(*given)
 
+    receive = gathering.receive
+
+    def counted_together(parameters: Any) -> Any:
+        counts[-1][0] += 1
+        counts[-1][1] += sum(p.ds_numel for p in parameters)
+        return receive(parameters)
+
+    engine.receive = gathering.receive = counted_together  # type: ignore[attr-defined]
     with world(config.run) as ranks:
         run = prepare_run(config, ranks)
         gather = comm.cdb.all_gather_into_tensor
@@ -192,21 +198,6 @@ def all_gathers_of_steps(flags: list[str]) -> list[list[int]]:
             counts[-1][1] += output_tensor.numel()
             return gather(output_tensor=output_tensor, **more)
 
-        together, gather_one = distributed_c10d._coalescing_manager, torch.distributed.all_gather_into_tensor
-
-        @contextmanager
-        def counted_together(*given: Any, **more: Any) -> Any:
-            def counted_one(whole: Any, *given: Any, **more: Any) -> Any:
-                counts[-1][1] += whole.numel()
-                return gather_one(whole, *given, **more)
-
-            counts[-1][0] += 1
-            torch.distributed.all_gather_into_tensor = counted_one
-            with together(*given, **more) as gathered:
-                yield gathered
-            torch.distributed.all_gather_into_tensor = gather_one
-
-        distributed_c10d._coalescing_manager = counted_together
         comm.cdb.all_gather_into_tensor, trainer._train_step = counted, train_step
         with StopSignal() as stop, Watchdog(600, config.run.output_dir, ranks.rank) as watchdog:
             fit(run, stop, watchdog)
