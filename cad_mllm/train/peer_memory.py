@@ -25,14 +25,16 @@ class PeerMemory:
     """The shards of lists of parameters, mapped on all ranks of a machine."""
 
     def __init__(self, lists: Sequence[Sequence[Any]], world: World) -> None:
-        """Move this rank's shards to where the others can read them; on all ranks alike."""
+        """Move this rank's shards to where the others can read them; on all ranks alike.
+
+        Before one reads, all must have come so far.
+        """
         assert all(p.ds_process_group.size() == world.size for parameters in lists for p in parameters)
         self._rank = world.rank
         self._shards_WN = {id(parameters[0]): _mapped(parameters) for parameters in lists}
         # One for each rank that is read: together they are 1.4 times as fast.
         self._streams = [torch.cuda.Stream(world.device) for _ in range(world.size)]
         torch.cuda.synchronize(world.device)
-        world.barrier()  # now all have moved theirs
 
     @torch.no_grad()
     def receive(self, parameters: Sequence[Any]) -> tuple["_Copying", list[Tensor]]:
@@ -105,7 +107,7 @@ def map_peer_memory(lists: Sequence[Sequence[Any]], world: World) -> PeerMemory 
     except (RuntimeError, ImportError, AttributeError) as error:
         # Driver or container do not allow it; or a later torch, where this is not final, names it otherwise.
         fault = str(error).strip().split("\n")[0] or type(error).__name__
-    faults = [f for f in world.gather(fault) if f]
+    faults = [f for f in world.gather(fault) if f]  # now all have moved theirs
     if faults:
         if world.is_main:
             _LOG.warning("the GPUs cannot read each other's memory, NCCL gathers the weights: %s", faults[0])
