@@ -3,7 +3,8 @@
     python tests/bench/step_profile.py 2 C zero3 fsdp2        # ranks, workload, peers of `cad-mllm bench`
 
 Each peer runs in fresh processes. Rank 0 profiles one step with torch's profiler and says how long the device
-computed, communicated and waited, the largest gaps, and the costliest kernels and host functions.
+computed, communicated and waited, the largest gaps, for which kernels it waited, and the costliest kernels
+and host functions.
 """
 
 import multiprocessing
@@ -55,6 +56,18 @@ def milliseconds(spans: Sequence[Span]) -> float:
     return sum(end - begin for begin, end in union(spans)) / 1e3
 
 
+def waits_by_kernel(on_device: Sequence[object]) -> dict[str, list[float]]:
+    """Microseconds in which nothing ran, before each kernel of a name that ended such a time."""
+    waits: dict[str, list[float]] = {}
+    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in on_device)  # type: ignore[attr-defined]
+    reached = spans[0][0]
+    for begin, end, name in spans:
+        if begin > reached:
+            waits.setdefault(name, []).append(begin - reached)
+        reached = max(reached, end)
+    return waits
+
+
 def report(events: Sequence[object], averages: Sequence[object], took: float) -> None:
     """Print what the profiler saw of a step of `took` seconds."""
     on_device = [e for e in events if "CUDA" in str(e.device_type)]  # type: ignore[attr-defined]
@@ -74,6 +87,9 @@ def report(events: Sequence[object], averages: Sequence[object], took: float) ->
         for earlier, later in pairwise(computing)
     )[::-1]
     print("  largest gaps (ms @ ms): " + " ".join(f"{gap:.1f}@{at:.0f}" for gap, at in gaps[:12]))
+    print("  waited for:")
+    for name, waits in sorted(waits_by_kernel(on_device).items(), key=lambda item: -sum(item[1]))[:SHOWN]:
+        print(f"    {sum(waits) / 1e3:8.1f} ms {len(waits):6d}  {name[:90]}")
     for title, of_device, key in (
         ("kernels", True, "self_device_time_total"),
         ("host", False, "self_cpu_time_total"),
