@@ -214,15 +214,20 @@ def _gpu(world: World) -> Gpu | None:
         return None
     properties = torch.cuda.get_device_properties(world.device)
     free, total = torch.cuda.mem_get_info(world.device)
-    own = world.device.index
-    others = [i for i in range(min(world.local_size, torch.cuda.device_count())) if i != own]
     return Gpu(
         model=properties.name,
         uuid=str(properties.uuid),
         total_bytes=total,
         free_bytes=free,
-        reaches_peers=all(torch.cuda.can_device_access_peer(own, other) for other in others),
+        reaches_peers=reaches_peers(world),
     )
+
+
+def reaches_peers(world: World) -> bool:
+    """Whether this rank's GPU can read the memory of the other ranks' GPUs on this machine (P2P)."""
+    own = world.device.index
+    others = [i for i in range(min(world.local_size, torch.cuda.device_count())) if i != own]
+    return all(torch.cuda.can_device_access_peer(own, other) for other in others)
 
 
 def _driver_version() -> str | None:

@@ -9,6 +9,7 @@ Shapes: W ranks, N elements of a shard.
 
 import logging
 import os
+import socket
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from cad_mllm.train.distributed import World
 from cad_mllm.train.gathering import comes_apart_into_rows
+from cad_mllm.train.machine import reaches_peers
+from cad_mllm.train.transport import allows_p2p
 
 _LOG = logging.getLogger("DeepSpeed")
 
@@ -99,7 +102,10 @@ def map_peer_memory(lists: Sequence[Sequence[Any]], world: World) -> PeerMemory 
 
     NCCL_P2P_DISABLE and NCCL_P2P_LEVEL forbid it as they forbid it to NCCL: there are boards where it hangs.
     """
-    if not lists or not all(world.gather(_can_read(lists, world))):
+    if not lists:
+        return None
+    answers = world.gather((_can_read(lists, world), socket.gethostname()))
+    if answers != [(True, answers[0][1])] * world.size:  # NCCL, too, takes a host name for a machine
         return None
     memory, fault = None, ""
     try:
@@ -116,18 +122,11 @@ def map_peer_memory(lists: Sequence[Sequence[Any]], world: World) -> PeerMemory 
 
 
 def _can_read(lists: Sequence[Sequence[Any]], world: World) -> bool:
-    device = world.device
     return (
-        device.type == "cuda"
-        and world.local_size == world.size
-        and os.environ.get("NCCL_P2P_DISABLE", "0") == "0"
-        and os.environ.get("NCCL_P2P_LEVEL", "") not in ("LOC", "0")
-        and all(
-            torch.cuda.can_device_access_peer(device, other)
-            for other in range(world.local_size)
-            if other != device.index
-        )
-        and all(p.ds_tensor.device == device for parameters in lists for p in parameters)
+        world.device.type == "cuda"
+        and allows_p2p(os.environ)
+        and reaches_peers(world)
+        and all(p.ds_tensor.device == world.device for parameters in lists for p in parameters)
     )
 
 

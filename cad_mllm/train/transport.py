@@ -1,6 +1,6 @@
 """How the ranks' tensors travel: worked out from facts, and measured."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -70,17 +70,19 @@ def judge_bandwidth(bytes_per_second: float, demand: Demand) -> Finding:
 
 
 def _within(ranks: Sequence[RankFacts]) -> str:
-    if all(
-        facts.gpu is not None
-        and facts.gpu.reaches_peers
-        and facts.nccl.get("NCCL_P2P_DISABLE", "0") == "0"
-        and facts.nccl.get("NCCL_P2P_LEVEL", "") not in ("LOC", "0")
-        for facts in ranks
-    ):
+    if all(facts.gpu is not None and facts.gpu.reaches_peers and allows_p2p(facts.nccl) for facts in ranks):
         return "P2P"
     if all(facts.nccl.get("NCCL_SHM_DISABLE", "0") == "0" for facts in ranks):
         return "shared memory"
     return _between(ranks)
+
+
+def allows_p2p(environment: Mapping[str, str]) -> bool:
+    """Whether NCCL may let GPUs of a machine read each other's memory."""
+    return environment.get("NCCL_P2P_DISABLE", "0") == "0" and environment.get("NCCL_P2P_LEVEL", "") not in (
+        "LOC",
+        "0",
+    )
 
 
 def _between(ranks: Sequence[RankFacts]) -> str:
