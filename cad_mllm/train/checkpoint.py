@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -247,8 +247,10 @@ class _Piece:
     """In that file."""
 
 
-class ShardReader:
+class ShardReader(Mapping[str, Tensor]):
     """Parameters and moments of a checkpoint, from the pieces that its ranks wrote.
+
+    As a mapping: the whole master weights, fp32, in their own shapes, each read when it is asked for.
 
     Raises:
         CheckpointError: a file is unreadable, or elements are missing.
@@ -273,13 +275,13 @@ class ShardReader:
         if not self._pieces:
             raise CheckpointError(f"{folder}: no shards of a checkpoint in here.")
 
-    @property
-    def names(self) -> Sequence[str]:
-        """The parameters in this checkpoint."""
-        return sorted(self._pieces)
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._pieces))
 
-    def full(self, name: str) -> Tensor:
-        """A whole master weight, fp32, in its own shape."""
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, name: str) -> Tensor:
         shape = self._shapes[name]
         numel = int(torch.Size(shape).numel())
         return self.read(MASTER, name, 0, numel, numel).view(shape)

@@ -39,7 +39,8 @@ from cad_mllm.train.optim import MOMENTS, Flat, get_step
 Describe = Callable[[Position, Mapping[str, int]], CheckpointState]
 """What a checkpoint says of its run, given the position and the updates of each group's moments."""
 Export = Callable[[Path, Mapping[str, Tensor]], None]
-"""Write the trained weights, given by name (fp32, on the CPU), into a folder as other tools load them."""
+"""Write the trained weights, given by name (fp32, on the CPU, read when they are asked for), into a folder as
+other tools load them."""
 
 _REUSED_BYTES = 4 * 2**30
 """Host memory of a copy is page-locked and kept for the next one up to this size (LoRA's is about 1 GB)."""
@@ -205,9 +206,8 @@ class CheckpointWriter:
 
     def _seal(self, temporary: Path, folder: Path, snapshot: _Snapshot) -> None:
         """Rank 0: add the export and the state, mark the folder complete, give it its name."""
-        reader = ShardReader(temporary / "shards")
         (temporary / "model").mkdir()
-        self._export(temporary / "model", {name: reader.full(name) for name in reader.names})
+        self._export(temporary / "model", ShardReader(temporary / "shards"))
         state = self._describe(snapshot.position, snapshot.steps_by_group)
         (temporary / STATE).write_text(json.dumps(asdict(state), indent=1, default=str))
         _mark_complete(temporary)

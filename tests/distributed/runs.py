@@ -46,8 +46,7 @@ def losses(output_dir: Path) -> list[float]:
 
 def weights(output_dir: Path, step: int) -> dict[str, Tensor]:
     """The fp32 masters of a checkpoint, by parameter name."""
-    reader = ShardReader(step_folder(output_dir, step) / "shards")
-    return {name: reader.full(name) for name in reader.names}
+    return dict(ShardReader(step_folder(output_dir, step) / "shards"))
 
 
 def distance(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
