@@ -310,7 +310,6 @@ def spread_cross_entropy(seed: int) -> dict[str, list[float]]:
 
 def read_from_peers(seed: int) -> dict[str, bool]:
     """On GPUs: whether what a rank reads of the others is what was shared out, while the GPU is busy."""
-    os.environ["DS_ACCELERATOR"] = "cuda"
     config = RunConfig(output_dir=Path(), device="cuda", deepspeed=True)
     with world(config) as ranks:
         device, group = ranks.device, torch.distributed.group.WORLD

@@ -2,7 +2,8 @@
 
 Ranks are forks of one process (the nursery) that has imported the heavy libraries already: the import takes
 longer than most of these tests. As a script this file is the nursery: it reads requests, forks ranks that
-call a function of a module given by its path with a JSON payload, and says how they ended.
+call a function of a module given by its path with a JSON payload, and says how they ended. Ranks on GPUs
+import for themselves: CUDA does not outlive a fork, and DeepSpeed chooses its accelerator at the import.
 """
 
 import atexit
@@ -78,13 +79,15 @@ class Ranks:
 
 
 @contextmanager
-def start_ranks(module: Path, function: str, payload: Any, *, world_size: int) -> Iterator[Ranks]:
+def start_ranks(
+    module: Path, function: str, payload: Any, *, world_size: int, accelerator: str = "cpu"
+) -> Iterator[Ranks]:
     """Start `function(payload)` of the module at a path on every rank; leaves no process behind."""
     port = free_port()
     with tempfile.TemporaryDirectory() as scratch:
         ranks = [
             {
-                "environment": rank_environment(rank, world_size, port),
+                "environment": {**rank_environment(rank, world_size, port), "DS_ACCELERATOR": accelerator},
                 "log": str(Path(scratch) / f"{rank}.log"),
                 "result": str(Path(scratch) / f"{rank}.json"),
             }
@@ -100,13 +103,19 @@ def start_ranks(module: Path, function: str, payload: Any, *, world_size: int) -
 
 
 def run_ranks(
-    module: Path, function: str, payload: Any, *, world_size: int, seconds: float = 280
+    module: Path,
+    function: str,
+    payload: Any,
+    *,
+    world_size: int,
+    seconds: float = 280,
+    accelerator: str = "cpu",
 ) -> list[Any]:
     """`function(payload)` of the module at a path, on every rank; the results by rank.
 
     Fails with the output of the ranks if one of them fails or the time runs out.
     """
-    with start_ranks(module, function, payload, world_size=world_size) as ranks:
+    with start_ranks(module, function, payload, world_size=world_size, accelerator=accelerator) as ranks:
         codes = ranks.wait(seconds)
         if any(codes) or None in codes:
             raise AssertionError(f"{function} failed: exit codes {codes}\n{ranks.output()}")
@@ -182,7 +191,10 @@ def _fork(rank: dict[str, Any], job: dict[str, Any]) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.environ.update(rank["environment"])
-        _run(job["module"], job["function"], job["payload"], rank["result"])
+        call = (job["module"], job["function"], job["payload"], rank["result"])
+        if os.environ["DS_ACCELERATOR"] != "cpu":
+            os.execv(sys.executable, [sys.executable, __file__, json.dumps(call)])
+        _run(*call)
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
@@ -223,4 +235,7 @@ def _wait(pids: list[int], seconds: float, codes: dict[int, int]) -> list[int | 
 
 
 if __name__ == "__main__":
-    _serve()
+    if sys.argv[1:]:
+        _run(*json.loads(sys.argv[1]))
+    else:
+        _serve()

@@ -45,17 +45,15 @@ def test_two_ranks_come_to_one_verdict(other_seed: bool, data: Path, tmp_path: P
 def test_on_two_gpus_the_transport_is_measured_and_the_largest_batch_computed(
     over_sockets: bool, data: Path, tmp_path: Path
 ) -> None:
-    environment = {"DS_ACCELERATOR": "cuda"}
-    if over_sockets:
-        environment |= dict.fromkeys(("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_IB_DISABLE"), "1")
+    variables = ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_IB_DISABLE") if over_sockets else ()
     words = flags(data, tmp_path / "out", ranks=2, zero="zero3_config", device="cuda", dtype="bfloat16")
     job = {
         "flags": words,
         "other_seed": False,
         "json": str(tmp_path / "doctor.json"),
-        "environment": environment,
+        "environment": dict.fromkeys(variables, "1"),
     }
-    assert run_ranks(JOBS, "report_examined", job, world_size=2) == [0, 0]
+    assert run_ranks(JOBS, "report_examined", job, world_size=2, accelerator="cuda") == [0, 0]
     told = json.loads((tmp_path / "doctor.json").read_text())
     findings = {finding["check"]: finding for finding in told["findings"]}
     assert len({facts["gpu"]["uuid"] for facts in told["ranks"]}) == 2
