@@ -1,8 +1,10 @@
 """What every test runs under: the CPU, no network, nothing left behind outside its own folder."""
 
+import functools
 import os
 import signal
 
+import pytest
 from hypothesis import settings
 
 # Before torch, transformers or matplotlib are imported by a test module.
@@ -22,3 +24,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 settings.register_profile("suite", derandomize=True, deadline=None)
 settings.register_profile("explore", derandomize=False, deadline=None, print_blob=True)
 settings.load_profile("suite")
+
+
+@pytest.fixture
+def deaths_noticed_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch asks every five seconds whether its loader processes live; here five times a second."""
+    from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as Workers
+
+    sooner = functools.partialmethod(Workers._try_get_data, timeout=0.2)
+    monkeypatch.setattr(Workers, "_try_get_data", sooner)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.utils.data import DataLoader
 
 from cad_mllm.bench.peers import Peer, Setup, build, train_config
 from cad_mllm.bench.workloads import MicroBatches, StepSamples, TimedSample, Workload, supervised_tokens
 from cad_mllm.data.atomic import write_json
+from cad_mllm.data.prefetch import loader_of
 from cad_mllm.data.sequence import SequenceSpec
 from cad_mllm.train.ahead import CopiedAhead
 from cad_mllm.train.assemble import sequence_spec
@@ -161,8 +161,7 @@ def _time_steps(
 ) -> tuple[list[float], list[float], list[float], list[float]]:
     """(losses, gradient norms) of all steps, (seconds, of which waited for batches) of the timed ones."""
     on_gpu = ranks.device.type == "cuda"
-    loader = DataLoader(data, batch_size=None, num_workers=_WORKERS if on_gpu else 0, pin_memory=on_gpu)
-    batches = iter(loader)
+    batches = iter(loader_of(data, _WORKERS if on_gpu else 0, pin_memory=on_gpu))
     losses, norms, seconds, waited = [], [], [], []
     spare_the_collector()
     for step in range(job.warmup + job.steps):

@@ -45,7 +45,7 @@ class Step:
 
 
 class _MicroBatches:
-    """Map-style: micro-batch number -> Loaded. Picklable, for any way to start a process."""
+    """Map-style: micro-batch number -> Loaded. Picklable."""
 
     def __init__(
         self, builder: "BatchBuilder", items: "_StepItems | _PackedItems | Sequence[Sequence[Item]]"

@@ -1,9 +1,17 @@
-"""Items made ahead by worker processes, in their order; one of which a worker dies costs that one alone."""
+"""Items made ahead by worker processes, in their order; one of which a worker dies costs that one alone.
 
+Workers come from a small process that has imported what they need, and never from the one that trains. A fork
+of a rank keeps the memory of the rank as it was: with weights and optimiser state in host memory, each update
+writes them anew beside what the workers keep, and 8B parameters take 100 GB more. And a fork can deadlock
+where threads (NCCL, gloo, the tokenizer) held a lock.
+"""
+
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing.connection import wait
 from typing import Protocol, TypeVar, cast
 
 import numpy as np
@@ -12,12 +20,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
+_WORKERS = multiprocessing.get_context("forkserver")
+_WORKERS.set_forkserver_preload(["cad_mllm.data.loader"])
+
 _LARGEST_BLOCK = 31 * 2**20
 """Bytes; glibc learns nothing from blocks of 32 MB or more."""
 
 
 class Source(Protocol[T_co]):
-    """Items by number, which any process can make. Picklable, for any way to start a process."""
+    """Items by number, which any process can make. Picklable."""
 
     def __len__(self) -> int: ...
 
@@ -33,8 +44,6 @@ def prefetched(source: Source[T], num_workers: int, pin_memory: bool) -> Iterato
     A worker that dies (out of memory, a bug in a decoder) is replaced; an item on which one dies again,
     alone, is given up.
     """
-    if num_workers > 0:  # or the tokenizer's threads warn about every fork
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     position, died_at = 0, -1
     while position < len(source):
         try:
@@ -61,13 +70,7 @@ def _alone(source: Source[T], position: int, pin_memory: bool) -> T:
 
 
 def _iterate(source: Source[T], numbers: range, num_workers: int, pin_memory: bool) -> Iterator[T]:
-    loader: DataLoader[T] = DataLoader(
-        Subset(cast(Dataset[T], source), numbers),
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_keep_memory,
-    )
+    loader = loader_of(Subset(cast(Dataset[T], source), numbers), num_workers, pin_memory)
     handler = signal.getsignal(signal.SIGCHLD)
     iterator = iter(loader)
     if threading.current_thread() is threading.main_thread():
@@ -77,13 +80,35 @@ def _iterate(source: Source[T], numbers: range, num_workers: int, pin_memory: bo
     yield from iterator
 
 
-def _keep_memory(worker: int) -> None:
-    """Let a loader process keep the memory of one batch for the next.
+def loader_of(items: Dataset[T], num_workers: int, pin_memory: bool) -> "DataLoader[T]":
+    """torch's loader of picklable items, one by one, made by `num_workers` processes (0: in this one)."""
+    return DataLoader(
+        items,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_set_up,
+        multiprocessing_context=_WORKERS if num_workers else None,
+    )
+
+
+def _set_up(worker: int) -> None:
+    """In a loader process: it lives as long as its reader does, and keeps the memory of a batch for the next.
 
     glibc gives freed memory back beyond twice the largest block that was ever mapped and freed; getting the
     pages anew for every picture took a third of the time.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the rank ends its step first
+    reader = multiprocessing.parent_process()
+    assert reader is not None, "this is a loader process"
+    threading.Thread(target=_end_with, args=(reader.sentinel,), daemon=True).start()
     np.empty(_LARGEST_BLOCK, np.uint8)
+
+
+def _end_with(reader: int) -> None:
+    """torch's workers look whether their parent is there, which is not the process that reads from them."""
+    wait([reader])
+    os._exit(1)
 
 
 def _is_death_of_a_worker(error: Exception) -> bool:

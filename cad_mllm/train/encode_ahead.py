@@ -12,16 +12,15 @@ from torch import Tensor
 
 from cad_mllm.config import TrainConfig
 from cad_mllm.data.atomic import make_writable
-from cad_mllm.data.batches import read_image, read_points
-from cad_mllm.data.collate import SequenceSpec, normalise_images
+from cad_mllm.data.collate import SequenceSpec
+from cad_mllm.data.encoder_inputs import EncoderInputs
 from cad_mllm.data.features import (
-    DRAWN_ONCE,
     FeatureFolder,
     Wanted,
     wanted_by_validation,
     wanted_in_epoch,
 )
-from cad_mllm.data.files import FloatArray, UnusableFileError
+from cad_mllm.data.files import FloatArray
 from cad_mllm.data.index import Index
 from cad_mllm.data.loader import eval_samples
 from cad_mllm.data.prefetch import prefetched
@@ -118,7 +117,7 @@ def _encode(
         )
         for start in range(0, len(several), _AT_ONCE)
     ]
-    inputs = _Inputs(index, spec, config.run.seed, [one for group in groups for one in group])
+    inputs = EncoderInputs(index, spec, config.run.seed, [one for group in groups for one in group])
     read = prefetched(inputs, config.data.num_workers, pin_memory=False)
     computed, unreadable = 0, list[str]()
     with SlowProgress("Encoding pictures and clouds", len(missing)) as progress:
@@ -144,32 +143,3 @@ def _features(
     """(N, K, D)."""
     inputs = torch.from_numpy(np.stack(list(arrays))).to(world.device)
     return encoders.encode_images(inputs) if modality == "image" else encoders.encode_points(inputs)
-
-
-class _Inputs:
-    """What the encoders take of each, or why it cannot be read: its sample is lost at its turn."""
-
-    def __init__(self, index: Index, spec: SequenceSpec, seed: int, wanted: Sequence[Wanted]) -> None:
-        self._index = index
-        self._spec = spec
-        self._seed = seed
-        self._wanted = wanted
-
-    def __len__(self) -> int:
-        return len(self._wanted)
-
-    def __getitem__(self, number: int) -> FloatArray | str:
-        one = self._wanted[number]
-        index, spec = self._index, self._spec
-        sample_id, row = index.ids[one.number], index.row(one.number)
-        try:
-            if one.modality == "image":
-                return normalise_images(read_image(index, sample_id, row, one.view, spec), spec)
-            return read_points(index, sample_id, row, (self._seed, *DRAWN_ONCE, sample_id), spec)
-        except UnusableFileError as error:
-            return str(error)
-
-    def without(self, number: int, reason: str) -> FloatArray | str:
-        """As of a file that cannot be read."""
-        one = self._wanted[number]
-        return f"{one.modality} of {self._index.ids[one.number]}: {reason}"

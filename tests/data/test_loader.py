@@ -1,6 +1,6 @@
 """The steps of a stage: the same for any number of ranks and workers, from any start."""
 
-import functools
+import multiprocessing
 import os
 import pickle
 import signal
@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from cad_mllm.data import prefetch
 from cad_mllm.data.batches import Loaded
 from cad_mllm.data.collate import Batch
 from cad_mllm.data.files import load_points
@@ -163,6 +163,7 @@ def test_a_file_that_breaks_during_training_is_lost_alone(
     assert same(other.batch, whole[1].batch) and not other.lost
 
 
+@pytest.mark.usefixtures("deaths_noticed_soon")
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_worker_that_dies_of_a_sample_is_replaced_and_its_micro_batch_given_up(
     num_workers: int,
@@ -180,10 +181,8 @@ def test_a_worker_that_dies_of_a_sample_is_replaced_and_its_micro_batch_given_up
             os.kill(os.getpid(), signal.SIGKILL)
         return load_points(path)
 
-    monkeypatch.setattr("cad_mllm.data.stores.load_points", deadly)  # workers are forks of this process
-    # torch asks every five seconds whether they live.
-    sooner = functools.partialmethod(_MultiProcessingDataLoaderIter._try_get_data, timeout=0.2)
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", sooner)
+    monkeypatch.setattr("cad_mllm.data.stores.load_points", deadly)
+    monkeypatch.setattr(prefetch, "_WORKERS", multiprocessing.get_context("fork"))  # they know of it
     first, second, third = points_of(folder, tokenizer, index, num_workers)
     assert same(first.batch, whole[0].batch) and same(third.batch, whole[2].batch)
     assert [lost.id for lost in second.lost] == list(folder.ids[2:4])

@@ -113,9 +113,7 @@ def test_a_url_gives_the_same_batches(
     here = load_index(build_shards(root).path)
     there = load_index(build_shards(bucket, output_dir=tmp_path / "out-url").path)
     assert here.fingerprint == there.fingerprint
-    assert all(
-        same(a, b) for a, b in zip(batches(here, tokenizer), batches(there, tokenizer, 1), strict=True)
-    )
+    assert all(same(a, b) for a, b in zip(batches(here, tokenizer), batches(there, tokenizer), strict=True))
 
 
 def test_samples_that_cannot_be_used_are_set_aside(

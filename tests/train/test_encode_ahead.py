@@ -1,6 +1,6 @@
 """Frozen encoders run once: what they give is read from the disk, by this run and the next."""
 
-import functools
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -8,16 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from cad_mllm.config import TrainConfig
-from cad_mllm.data import batches
+from cad_mllm.data import batches, encoder_inputs, prefetch
 from cad_mllm.data.index import Index
 from cad_mllm.data.loader import eval_batches
 from cad_mllm.errors import CheckpointError, ConfigError, ExitCode
 from cad_mllm.model.encoders import FrozenEncoders, build_encoders
 from cad_mllm.settings import parse_train_args
-from cad_mllm.train import encode_ahead
 from cad_mllm.train.distributed import world
 from cad_mllm.train.run import prepare_run
 from cad_mllm.train.trainer import train
@@ -106,6 +104,7 @@ def test_damaged_features_cost_their_sample_and_the_line_says_which_file(data: P
     assert str(torn) in skipped and "delete the file" in skipped
 
 
+@pytest.mark.usefixtures("deaths_noticed_soon")
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_cloud_of_which_a_loader_process_dies_costs_its_sample(
     data: Path,
@@ -124,10 +123,8 @@ def test_a_cloud_of_which_a_loader_process_dies_costs_its_sample(
             os.kill(os.getpid(), signal.SIGKILL)
         return read(index, sample_id, *more)
 
-    monkeypatch.setattr(encode_ahead, "read_points", deadly)  # workers are forks of this process
-    # torch asks every five seconds whether they live.
-    sooner = functools.partialmethod(_MultiProcessingDataLoaderIter._try_get_data, timeout=0.2)
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_try_get_data", sooner)
+    monkeypatch.setattr(encoder_inputs, "read_points", deadly)
+    monkeypatch.setattr(prefetch, "_WORKERS", multiprocessing.get_context("fork"))  # they know of it
     config = configure(data, tmp_path, "run", num_workers=num_workers, max_skipped_fraction=0.5)
     assert train(config) == ExitCode.DONE
     of_all = len(list((tmp_path / "whole-features").rglob("*.safetensors")))
