@@ -57,11 +57,13 @@ class Demand:
     def offload_bytes(self, world_size: int, ranks_here: int) -> int:
         """Host memory that offload takes on a machine, before pinning rounds it up.
 
-        Shared out among all ranks: with `offload_param` the weights in the dtype of the run; with
-        `offload_optimizer` 16 bytes (fp32 weight, gradient, two moments) of each trainable parameter.
+        Shared out among all ranks: with `offload_param` the weights in the dtype of the run, the trainable
+        ones once more (the shards that were read stay pinned beside the buffer they are copied to); with
+        `offload_optimizer` 16 bytes (fp32 weight, gradient, two moments) of each trainable parameter, and its
+        gradient in the dtype of the run. Measured: 23 bytes where this says 22 (8B, all weights, bf16).
         """
-        weights = self.parameters * self.weight_bytes if self.offload_param else 0
-        state = self.trainable * (_STATE_BYTES + 4) if self.offload_optimizer else 0
+        weights = (self.parameters + self.trainable) * self.weight_bytes if self.offload_param else 0
+        state = self.trainable * (_STATE_BYTES + 4 + self.weight_bytes) if self.offload_optimizer else 0
         return (weights + state) * ranks_here // world_size
 
     def gpu_bytes(self, world_size: int) -> int:

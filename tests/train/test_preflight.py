@@ -129,14 +129,14 @@ def test_healthy_machines_are_let_through_without_a_word() -> None:
             ranks(4, memory_available_bytes=10 * GB),
             OFFLOAD,
             "REFUSED",
-            ["10.0 GB available on node-a; offload takes 18.6 GB"],
+            ["10.0 GB available on node-a; offload takes 19.1 GB"],
         ),
         (
             checks.check_host_memory,
             [*ranks(3), rank(3, host="node-b", memory_available_bytes=6 * GB)],
             OFFLOAD,
             "warning",
-            ["6.0 GB available on node-b; offload takes 4.7 GB, pinned up to 7.0 GB"],
+            ["6.0 GB available on node-b; offload takes 4.8 GB, pinned up to 7.2 GB"],
         ),
         (
             checks.check_output,
@@ -257,9 +257,9 @@ def test_the_least_gpu_memory_is_weights_and_state_as_zero_shares_them(
 
 
 def test_offload_takes_what_the_manifests_are_sized_for() -> None:
-    """All weights of Qwen3-8B train: 18 bytes of each on the host, a quarter of them in each of four pods."""
+    """All weights of Qwen3-8B train: 22 bytes of each on the host, a quarter of them in each of four pods."""
     whole = Demand(**{**FULL.__dict__, "parameters": 8_190_000_000, "trainable": 8_190_000_000})
     offloaded = replace(whole, offload_optimizer=True, offload_param=True)
-    assert offloaded.offload_bytes(4, 1) == 8_190_000_000 * 18 // 4
-    assert offloaded.offload_bytes(4, 4) == 8_190_000_000 * 18
-    assert replace(offloaded, offload_param=False).offload_bytes(1, 1) == 8_190_000_000 * 16
+    assert offloaded.offload_bytes(4, 1) == 8_190_000_000 * 22 // 4
+    assert offloaded.offload_bytes(4, 4) == 8_190_000_000 * 22
+    assert replace(offloaded, offload_param=False).offload_bytes(1, 1) == 8_190_000_000 * 18
