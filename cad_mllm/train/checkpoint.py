@@ -15,7 +15,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,6 +35,8 @@ STATE = "state.json"
 MASTER = "master"
 TEMPORARY = ".tmp-"
 _BEST = "best.json"
+_READ_AT_ONCE = 8
+"""Files; more of them gain nothing on one volume."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +190,9 @@ def verify(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / COMPLETE).read_text())
         files: Mapping[str, str] = manifest["sha256"]
-        for name, digest in files.items():
-            if sha256_of(folder / name) != digest:
+        found = digests_of([folder / name for name in files])
+        for (name, written), read in zip(files.items(), found, strict=True):
+            if read != written:
                 return f"{name} does not match its checksum"
     except FileNotFoundError as e:
         return f"{Path(e.filename).name} is missing"
@@ -310,7 +314,12 @@ class ShardReader(Mapping[str, Tensor]):
         return out
 
 
-def sha256_of(path: Path) -> str:
-    """Hash of a file."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def digests_of(paths: Sequence[Path]) -> list[str]:
+    """sha256 of each file, several read at once: of an 8B LM with its optimiser state they are 115 GB."""
+
+    def sha256_of(path: Path) -> str:
+        with path.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+        return list(pool.map(sha256_of, paths))

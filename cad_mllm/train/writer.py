@@ -27,8 +27,8 @@ from cad_mllm.train.checkpoint import (
     CheckpointState,
     Position,
     ShardReader,
+    digests_of,
     prune,
-    sha256_of,
     step_folder,
     verify,
 )
@@ -240,9 +240,10 @@ def _try(work: Callable[[], None]) -> str | None:
 
 def _mark_complete(folder: Path) -> None:
     """Write COMPLETE: from here on the folder is a checkpoint. Everything is on the disk before it."""
-    digests = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        digests[path.relative_to(folder).as_posix()] = sha256_of(path)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    names = [path.relative_to(folder).as_posix() for path in files]
+    digests = dict(zip(names, digests_of(files), strict=True))
+    for path in files:
         _fsync(path)
     mark = folder / COMPLETE
     mark.write_text(json.dumps({"sha256": digests}, indent=1))
