@@ -4,7 +4,7 @@ import math
 import multiprocessing
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,8 @@ def bench(
     _time_all(jobs, results, minutes * 60, file, console)
     _add_scaling(results["peers"])
     write_json(file, results)
-    console.print(_table(results))
+    for table in _tables(results, console.width):
+        console.print(table)
     _plot(results, out / f"bench-{workload}.png")
     console.print(f"figures, plot and logs are in {out}")
     return ExitCode.DONE
@@ -116,10 +117,15 @@ def _time_all(
     jobs: Sequence[Job], results: dict[str, Any], seconds: float, file: Path, console: Console
 ) -> None:
     """Add the figures of each peer, or why there are none, to the results, and write them each time."""
-    end = time.monotonic() + seconds
+    began = time.monotonic()
+    end = began + seconds
     reference: Figures | None = None
-    for job in jobs:
-        console.print(f"{job.peer.title}, {job.ranks} ranks ...")
+    for done, job in enumerate(jobs):
+        left = (time.monotonic() - began) / done * (len(jobs) - done) if done else None
+        about = "" if left is None else f", {math.ceil(left / 60)} min left"
+        console.print(
+            f"{done + 1}/{len(jobs)} {job.peer.title}, {job.ranks} ranks{about} ...", highlight=False
+        )
         outcome = _timed(job, end - time.monotonic(), results["device"])
         if isinstance(outcome, Figures):
             reference = outcome if reference is None and job.name == _REFERENCE else reference
@@ -231,18 +237,31 @@ def _numbers(values: Sequence[float]) -> str:
     return " ".join(f"{value:.5f}" for value in values)
 
 
-def _table(results: dict[str, Any]) -> Table:
-    """A column for each peer; below it, those without figures and why."""
+def _tables(results: dict[str, Any], width: int) -> Iterator[Table]:
+    """A column for each peer, as many in a table as `width` characters hold; last, who has none and why."""
     done = {name: peer for name, peer in results["peers"].items() if "failed" not in peer}
     failed = [f"{name}: {peer['failed']}" for name, peer in results["peers"].items() if "failed" in peer]
+    labels = ["peer-ranks", *_ROWS]
+    columns = [[name, *(show(peer) for show in _ROWS.values())] for name, peer in done.items()]
+    groups: list[list[list[str]]] = [[labels]]
+    for column in columns:
+        if len(groups[-1]) > 1 and _width([*groups[-1], column]) > width:
+            groups.append([labels])
+        groups[-1].append(column)
     title = f"{results['workload']}: {results['title']} ({results['model']}, {results['device']})"
-    table = Table(title=title, caption=Text("\n".join(failed)) if failed else None)
-    table.add_column("peer-ranks", no_wrap=True)
-    for name in done:
-        table.add_column(name, justify="right", overflow="fold")
-    for row, show in _ROWS.items():
-        table.add_row(row, *(show(peer) for peer in done.values()))
-    return table
+    for number, group in enumerate(groups, 1):
+        caption = Text("\n".join(failed)) if failed and number == len(groups) else None
+        table = Table(title=title if number == 1 else None, caption=caption)
+        for place, column in enumerate(group):
+            table.add_column(column[0], justify="right" if place else "left", overflow="fold")
+        for cells in list(zip(*group, strict=True))[1:]:
+            table.add_row(*cells)
+        yield table
+
+
+def _width(columns: Sequence[Sequence[str]]) -> int:
+    """Characters of a table with its lines."""
+    return 1 + sum(3 + max(map(len, column)) for column in columns)
 
 
 def _share(value: float | None) -> str:

@@ -1,5 +1,6 @@
 """The benchmark: the same samples for every peer, figures by their definitions, no wrong loss counted."""
 
+import io
 import json
 from collections import Counter
 from dataclasses import replace
@@ -8,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from cad_mllm.bench import run as bench_run
 from cad_mllm.bench.figures import Figures, figures_of
 from cad_mllm.bench.peers import PEERS, read_variants, train_config
 from cad_mllm.bench.rank import RankFigures
-from cad_mllm.bench.run import _add_scaling, _chosen, _compared, _difference
+from cad_mllm.bench.run import _add_scaling, _chosen, _compared, _difference, _tables
 from cad_mllm.bench.workloads import (
     WORKLOADS,
     MicroBatches,
@@ -267,6 +269,23 @@ def test_scaling_is_counted_in_samples_of_one_gpu_without_zero() -> None:
     del peers["plain-1"]
     _add_scaling(peers)
     assert [peer["scaling"] for peer in peers.values()] == [None, None]
+
+
+def test_a_table_is_no_wider_than_the_terminal_and_no_peer_is_left_out() -> None:
+    committed = Path(__file__).with_name("results") / "bench-C-4xH200-earlier.json"
+    results = json.loads(committed.read_text())
+    _add_scaling(results["peers"])
+    results["peers"] = {f"{name}-{n}": peer for n in range(4) for name, peer in results["peers"].items()}
+    results["peers"]["late"] = {"title": "late", "ranks": 4, "failed": "the time was up"}
+    for width in (40, 80, 200):
+        console = Console(width=width, file=io.StringIO(), record=True)
+        for table in _tables(results, width):
+            console.print(table)
+        lines = console.export_text().splitlines()
+        assert max(map(len, lines)) <= width
+        headings = [word for line in lines if "peer-ranks" in line for word in line.split()[3:-1:2]]
+        assert headings == [name for name in results["peers"] if name != "late"]
+        assert "late: the time was up" in " ".join(lines)
 
 
 @pytest.mark.slow
