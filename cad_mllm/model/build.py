@@ -3,14 +3,14 @@
 import importlib.util
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -168,6 +168,8 @@ def _build(
         _check_lm(config, lm, tokenizer, packed)
         random_digests = _random_digests(config, names, encoders, lm)
         trained_lm: nn.Module = _add_lora(lm, config, seed=seed, fused=fused) if config.use_lora else lm
+    if zero3_config is not None:
+        _restore_frequencies(lm)
     notes = [_describe_lm(config)]
     if fused and device.type == "cuda":
         fuse_norms(lm)
@@ -243,6 +245,30 @@ def _sharded_construction(zero3_config: dict[str, object] | None) -> Iterator[No
     del alive
 
 
+def _restore_frequencies(lm: PreTrainedModel) -> None:
+    """Give rotary embeddings the frequencies that they have without ZeRO-3, in fp32.
+
+    While a model is built sharded, DeepSpeed makes every floating-point tensor in the dtype of the run.
+    transformers keeps RoPE's frequencies out of that, but not in all versions (5.17): rounded to bf16 they
+    turn position 2,000 by some radians, and what is trained so is used with others.
+    """
+    for module in list(lm.modules()):
+        if any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False)):
+            exact = type(module)(module.config)
+            for name, buffer in exact.named_buffers(recurse=False):
+                setattr(module, name, buffer)
+
+
+def _whole(parameter: Tensor) -> AbstractContextManager[object]:
+    """A parameter that ZeRO-3 shares out is whole inside the block; after it, as rank 0 has left it."""
+    if not hasattr(parameter, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    gathered: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(parameter, modifier_rank=0)
+    return gathered
+
+
 def read_lm_config(name: str) -> PretrainedConfig:
     """The architecture of the LM of that name, without building it. ConfigError: there is no such LM."""
     if name in presets.PRESETS:
@@ -290,7 +316,7 @@ def _load_lm(
     if name in presets.ON_THE_SPOT:
         return presets.on_the_spot(name, dtype, attention)
     if name == presets.QWEN3_8B_RANDOM:
-        return presets.qwen3_8b_random(dtype, attention, device)
+        return presets.qwen3_8b_random(dtype, attention, device, _whole)
     try:
         lm, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, attn_implementation=attention, output_loading_info=True

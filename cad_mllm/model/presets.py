@@ -1,9 +1,12 @@
 """Models that need no download: random weights and a byte-level tokenizer, built on the spot."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config
 
 from cad_mllm.model.seeding import FROZEN_SEED, private_rng, redraw_
@@ -88,15 +91,23 @@ def on_the_spot(name: str, dtype: torch.dtype, attn_implementation: str) -> PreT
     return lm
 
 
-def qwen3_8b_random(dtype: torch.dtype, attn_implementation: str, device: torch.device) -> PreTrainedModel:
+def qwen3_8b_random(
+    dtype: torch.dtype,
+    attn_implementation: str,
+    device: torch.device,
+    whole: Callable[[Tensor], AbstractContextManager[object]],
+) -> PreTrainedModel:
     """Build Qwen3-8B's shape with random weights, for timing; sharded where ZeRO-3 is switched on.
 
     The weights are drawn on the device and depend on it: adapters trained on them mean nothing elsewhere.
+    Sharded or not they are the same (`whole` as in `redraw_`): transformers draws them in another order then.
     """
+    config = lm_config(QWEN3_8B_RANDOM)
     with private_rng(FROZEN_SEED, device), device:
         lm: PreTrainedModel = AutoModelForCausalLM.from_config(
-            lm_config(QWEN3_8B_RANDOM), dtype=dtype, attn_implementation=attn_implementation
+            config, dtype=dtype, attn_implementation=attn_implementation
         )
+    redraw_(lm, lambda name, matrix: config.initializer_range, device=device, whole=whole)
     return lm
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +28,27 @@ def private_rng(seed: int, device: torch.device = _CPU) -> Iterator[None]:
 
 
 @torch.no_grad()
-def redraw_(module: nn.Module, std: Callable[[str, Tensor], float]) -> None:
-    """Fill every matrix of a module on the CPU with uniform numbers of the given standard deviation.
+def redraw_(
+    module: nn.Module,
+    std: Callable[[str, Tensor], float],
+    *,
+    device: torch.device = _CPU,
+    whole: Callable[[Tensor], AbstractContextManager[object]] = nullcontext,
+) -> None:
+    """Fill every matrix of a module on `device` with uniform numbers of the given standard deviation.
 
     `std` gets the name and the parameter; vectors (norms, biases) keep what they have. The numbers are
-    integers times one factor, so they are equal bits on every processor, which normal draws are not.
+    integers times one factor, so on the CPU they are equal bits on every processor, which normal draws are
+    not. In the block `whole(parameter)` a parameter is there as a whole, wherever it rests.
     """
-    generator = torch.Generator().manual_seed(FROZEN_SEED)
+    generator = torch.Generator(device).manual_seed(FROZEN_SEED)
     for name, parameter in module.named_parameters():
-        if parameter.dim() >= 2:
-            steps = torch.randint(-_HALF_RANGE, _HALF_RANGE + 1, parameter.shape, generator=generator)
-            parameter.copy_(steps.float() * (std(name, parameter) * 3**0.5 / _HALF_RANGE))
+        with whole(parameter):
+            if parameter.dim() >= 2:
+                steps = torch.randint(
+                    -_HALF_RANGE, _HALF_RANGE + 1, parameter.shape, generator=generator, device=device
+                )
+                parameter.copy_(steps.float() * (std(name, parameter) * 3**0.5 / _HALF_RANGE))
 
 
 def digest(module: nn.Module) -> str:

@@ -1,22 +1,28 @@
 """What the ranks of a test do."""
 
 import copy
+import hashlib
 import os
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import modeling_utils
 
+from cad_mllm.bench.peers import PEERS, train_config
+from cad_mllm.bench.workloads import WORKLOADS, tiny
 from cad_mllm.config import RunConfig
 from cad_mllm.errors import CadMllmError
+from cad_mllm.model import build, presets
 from cad_mllm.model import loss as unsharded
-from cad_mllm.model import presets
 from cad_mllm.model.loss import IGNORED_LABEL, LinearCrossEntropy
 from cad_mllm.settings import parse_train_args
 from cad_mllm.train import engine, gathering, trainer
+from cad_mllm.train.assemble import build_networks, resolve_zero
 from cad_mllm.train.distributed import world
 from cad_mllm.train.doctor import examine
 from cad_mllm.train.peer_memory import map_peer_memory
@@ -338,3 +344,22 @@ def read_from_peers(seed: int) -> dict[str, bool]:
         rows = bool((memory.look_up(table, numbers) == whole[-1][numbers]).all())
         ranks.barrier()
         return {"mapped": True, "weights": all(map(bool, same)), "rows": rows, "forbidden": forbidden}
+
+
+def digest_of_random_weights(job: dict[str, str]) -> str:
+    """Of all that a peer of the bench begins with, at the shape of the tiny LM, in bf16."""
+    presets._QWEN3_8B_SIZES = presets._TINY_SIZES
+    modeling_utils.prevent_arange_dtype_change = nullcontext  # as with transformers 5.17
+    config = train_config(
+        PEERS[job["peer"]], tiny(WORKLOADS["C"]), presets.QWEN3_8B_RANDOM,
+        folder=Path(job["folder"]), micro_batches=1, device="cpu",
+    )  # fmt: skip
+    config = replace(config, model=replace(config.model, dtype="bfloat16"))
+    sha = hashlib.sha256()
+    with world(replace(config.run, deepspeed=True)) as ranks:
+        model = build_networks(config, resolve_zero(config, ranks), ranks, fused=True).model
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            with build._whole(tensor):
+                sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                sha.update(tensor.detach().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
