@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from cad_mllm.bench.workloads import Workload
@@ -234,7 +235,7 @@ def _original(built: Built) -> Built:
 
 
 def _fsdp2(built: Built, config: TrainConfig, world: World) -> Setup:
-    """`fully_shard` on every decoder layer and on the rest; AdamW in the dtype of the weights."""
+    """`fully_shard` on every decoder layer and on the rest; AdamW with fp32 masters, as ZeRO has them."""
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh(world.device.type, (world.size,))
@@ -243,16 +244,30 @@ def _fsdp2(built: Built, config: TrainConfig, world: World) -> Setup:
         fully_shard(layer, mesh=mesh)
     model: Any = fully_shard(built.model, mesh=mesh)
     model.train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=_RATE, foreach=world.device.type == "cuda")
+    trainable: list[Any] = [p for p in model.parameters() if p.requires_grad]
+    shards = [p.detach().to_local() for p in trainable]
+    masters = [shard.to(torch.float32, copy=True) for shard in shards]
+    optimizer = torch.optim.AdamW(masters, lr=_RATE, fused=True)
 
     def backward(loss: Tensor) -> None:
         (loss * world.size).backward()  # it averages over the ranks, the loss is a sum
 
+    @torch.no_grad()
     def step() -> float:
-        norm: Any = nn.utils.clip_grad_norm_(trainable, config.optim.max_grad_norm)
+        pairs = zip(masters, trainable, strict=True)
+        given = [(master, p.grad.to_local()) for master, p in pairs if p.grad is not None]
+        gradients = [torch.empty_like(master) for master, _ in given]
+        torch._foreach_copy_(gradients, [gradient for _, gradient in given])
+        for (master, _), gradient in zip(given, gradients, strict=True):
+            master.grad = gradient
+        norm = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        dist.all_reduce(norm)
+        norm.sqrt_()
+        torch._foreach_mul_(gradients, (config.optim.max_grad_norm / (norm + 1e-6)).clamp(max=1))
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(norm.full_tensor())
+        torch._foreach_copy_(shards, masters)
+        optimizer.zero_grad()
+        model.zero_grad()
+        return float(norm)
 
     return Setup(built=built, forward=model, backward=backward, step=step)
