@@ -109,10 +109,11 @@ def own_memory(pids: list[int]) -> float:
     return total / 1024
 
 
-def children() -> list[int]:
-    """Processes that this one started."""
-    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    return [int(pid) for path in tasks for pid in path.read_text().split()]
+def with_descendants(pid: int) -> list[int]:
+    """A process, those that it started, and those that they did: the loader's come from one of them."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(child) for path in tasks for child in path.read_text().split()]
+    return [pid, *(found for child in children for found in with_descendants(child))]
 
 
 def cpu_seconds(pids: list[int]) -> float:
@@ -147,7 +148,7 @@ def measure(
     for step in loader:
         assert not step.lost
         if step.index in (len(loader) // 4, len(loader) - 8):  # before the workers end
-            pids = [os.getpid(), *children()]
+            pids = with_descendants(os.getpid())
             marks[step.index] = time.perf_counter(), cpu_seconds(pids), own_memory(pids)
     (first, before), (last, after) = marks.items()
     count = (last - first) * BATCH_SIZE
