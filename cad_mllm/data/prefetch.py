@@ -2,8 +2,9 @@
 
 Workers come from a small process that has imported what they need, and never from the one that trains. A fork
 of a rank keeps the memory of the rank as it was: with weights and optimiser state in host memory, each update
-writes them anew beside what the workers keep, and 8B parameters take 100 GB more. And a fork can deadlock
-where threads (NCCL, gloo, the tokenizer) held a lock.
+writes them anew beside what the workers keep, and 8B parameters take 100 GB more. A fork can deadlock where
+threads (NCCL, gloo, the tokenizer) held a lock. And where a child dies, torch raises wherever the main thread
+is, in the middle of a training step; of these it is noticed where the next item is asked for.
 """
 
 import multiprocessing
@@ -70,14 +71,7 @@ def _alone(source: Source[T], position: int, pin_memory: bool) -> T:
 
 
 def _iterate(source: Source[T], numbers: range, num_workers: int, pin_memory: bool) -> Iterator[T]:
-    loader = loader_of(Subset(cast(Dataset[T], source), numbers), num_workers, pin_memory)
-    handler = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
-    if threading.current_thread() is threading.main_thread():
-        # torch's handler raises wherever the main thread happens to be, in the middle of a training step;
-        # without it a death is noticed where the next batch is asked for.
-        signal.signal(signal.SIGCHLD, handler)
-    yield from iterator
+    yield from loader_of(Subset(cast(Dataset[T], source), numbers), num_workers, pin_memory)
 
 
 def loader_of(items: Dataset[T], num_workers: int, pin_memory: bool) -> "DataLoader[T]":

@@ -1,21 +1,16 @@
 """The steps of a stage: the same for any number of ranks and workers, from any start."""
 
-import multiprocessing
-import os
 import pickle
-import signal
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cad_mllm.data import prefetch
+from cad_mllm.data import loader as loader_module
 from cad_mllm.data.batches import Loaded
 from cad_mllm.data.collate import Batch
-from cad_mllm.data.files import load_points
 from cad_mllm.data.index import Index, IndexReport, load_index
 from cad_mllm.data.loader import (
     MAX_EVAL_SAMPLES,
@@ -28,6 +23,7 @@ from cad_mllm.data.loader import (
 from cad_mllm.data.sequence import Mix, TextTokenizer
 
 from .conftest import SPEC, Folder
+from .deadly import DeadlyMicroBatches
 
 MIX: Mix = {"text": 0.2, "text+points": 0.3, "text+image": 0.2, "text+points+image": 0.3}
 STEPS = 4
@@ -175,14 +171,7 @@ def test_a_worker_that_dies_of_a_sample_is_replaced_and_its_micro_batch_given_up
     folder = make_folder(6)
     index = load_index(build(folder).path)
     whole = points_of(folder, tokenizer, index, 0)
-
-    def deadly(path: Path) -> object:
-        if path == folder.file("pcd", 2):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return load_points(path)
-
-    monkeypatch.setattr("cad_mllm.data.stores.load_points", deadly)
-    monkeypatch.setattr(prefetch, "_WORKERS", multiprocessing.get_context("fork"))  # they know of it
+    monkeypatch.setattr(loader_module, "_MicroBatches", DeadlyMicroBatches)
     first, second, third = points_of(folder, tokenizer, index, num_workers)
     assert same(first.batch, whole[0].batch) and same(third.batch, whole[2].batch)
     assert [lost.id for lost in second.lost] == list(folder.ids[2:4])

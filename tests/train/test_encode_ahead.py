@@ -1,24 +1,21 @@
 """Frozen encoders run once: what they give is read from the disk, by this run and the next."""
 
-import multiprocessing
-import os
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from cad_mllm.config import TrainConfig
-from cad_mllm.data import batches, encoder_inputs, prefetch
-from cad_mllm.data.index import Index
+from cad_mllm.data import batches
 from cad_mllm.data.loader import eval_batches
 from cad_mllm.errors import CheckpointError, ConfigError, ExitCode
 from cad_mllm.model.encoders import FrozenEncoders, build_encoders
 from cad_mllm.settings import parse_train_args
+from cad_mllm.train import encode_ahead
 from cad_mllm.train.distributed import world
 from cad_mllm.train.run import prepare_run
 from cad_mllm.train.trainer import train
+from tests.data.deadly import DeadlyInputs
 from tests.distributed.conftest import NUM_SAMPLES, write_data
 from tests.distributed.runs import flags, losses
 
@@ -116,15 +113,7 @@ def test_a_cloud_of_which_a_loader_process_dies_costs_its_sample(
     whole = configure(data, tmp_path, "whole", encoder_features=tmp_path / "whole-features")
     with world(whole.run) as alone:
         prepare_run(whole, alone).tracker.close()
-    read = batches.read_points
-
-    def deadly(index: Index, sample_id: str, *more: Any) -> Any:
-        if sample_id == index.ids[2]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return read(index, sample_id, *more)
-
-    monkeypatch.setattr(encoder_inputs, "read_points", deadly)
-    monkeypatch.setattr(prefetch, "_WORKERS", multiprocessing.get_context("fork"))  # they know of it
+    monkeypatch.setattr(encode_ahead, "EncoderInputs", DeadlyInputs)
     config = configure(data, tmp_path, "run", num_workers=num_workers, max_skipped_fraction=0.5)
     assert train(config) == ExitCode.DONE
     of_all = len(list((tmp_path / "whole-features").rglob("*.safetensors")))
