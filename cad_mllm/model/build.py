@@ -168,8 +168,7 @@ def _build(
         _check_lm(config, lm, tokenizer, packed)
         random_digests = _random_digests(config, names, encoders, lm)
         trained_lm: nn.Module = _add_lora(lm, config, seed=seed, fused=fused) if config.use_lora else lm
-    if zero3_config is not None:
-        _restore_frequencies(lm)
+    _restore_frequencies(lm)
     notes = [_describe_lm(config)]
     if fused and device.type == "cuda":
         fuse_norms(lm)
@@ -246,9 +245,9 @@ def _sharded_construction(zero3_config: dict[str, object] | None) -> Iterator[No
 
 
 def _restore_frequencies(lm: PreTrainedModel) -> None:
-    """Give rotary embeddings the frequencies that they have without ZeRO-3, in fp32.
+    """Give rotary embeddings the same frequencies however the model was built: in fp32, computed on the CPU.
 
-    While a model is built sharded, DeepSpeed makes every floating-point tensor in the dtype of the run.
+    While one is built sharded, DeepSpeed makes every floating-point tensor in the dtype of the run.
     transformers keeps RoPE's frequencies out of that, but not in all versions (5.17): rounded to bf16 they
     turn position 2,000 by some radians, and what is trained so is used with others.
     """
