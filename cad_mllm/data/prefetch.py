@@ -10,6 +10,7 @@ is, in the middle of a training step; of these it is noticed where the next item
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import wait
@@ -18,11 +19,16 @@ from typing import Protocol, TypeVar, cast
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from cad_mllm.errors import ConfigError
+
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 _WORKERS = multiprocessing.get_context("forkserver")
 _WORKERS.set_forkserver_preload(["cad_mllm.data.loader"])
+
+_LONGEST_TMPDIR = 75
+"""Characters: a socket's path has at most 107, and Python adds `/pymp-????????/listener-????????`."""
 
 _LARGEST_BLOCK = 31 * 2**20
 """Bytes; glibc learns nothing from blocks of 32 MB or more."""
@@ -75,7 +81,15 @@ def _iterate(source: Source[T], numbers: range, num_workers: int, pin_memory: bo
 
 
 def loader_of(items: Dataset[T], num_workers: int, pin_memory: bool) -> "DataLoader[T]":
-    """torch's loader of picklable items, one by one, made by `num_workers` processes (0: in this one)."""
+    """torch's loader of picklable items, one by one, made by `num_workers` processes (0: in this one).
+
+    ConfigError: there can be no sockets in the folder for temporary files.
+    """
+    if num_workers and len(tempfile.gettempdir()) > _LONGEST_TMPDIR:
+        raise ConfigError(
+            f"{tempfile.gettempdir()} is too long for the sockets of loader processes (at most "
+            f"{_LONGEST_TMPDIR} characters): export TMPDIR=/tmp, or use --num_workers 0"
+        )
     return DataLoader(
         items,
         batch_size=None,

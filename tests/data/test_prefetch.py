@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from cad_mllm.data.prefetch import prefetched
+from cad_mllm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 MB = 2**20
@@ -82,6 +84,13 @@ def test_an_item_of_which_a_worker_dies_is_lost_alone(num_workers: int) -> None:
 
 def test_ctrl_c_is_not_for_the_workers() -> None:
     assert list(prefetched(Calls(bear_ctrl_c), 2, pin_memory=False)) == list(range(6))
+
+
+def test_a_folder_too_long_for_sockets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/" + 75 * "x")
+    assert len(list(prefetched(Calls(int), 0, pin_memory=False))) == 6
+    with pytest.raises(ConfigError, match=r"/x+ is too long .* export TMPDIR=/tmp"):
+        list(prefetched(Calls(int), 1, pin_memory=False))
 
 
 def test_workers_end_with_a_reader_that_was_killed() -> None:
