@@ -86,7 +86,7 @@ class OptimConfig:
     """How the weights move."""
 
     batch_size: int = 2
-    """Samples per micro-batch and rank; not used with --pack_tokens."""
+    """Samples per micro-batch and rank, padded; this flag takes the place of a file's `pack_tokens`."""
     pack_tokens: int = 0
     """Pack samples into micro-batches of so many tokens (0: pad them); 4 x --max_seq_length packs well."""
     gradient_accumulation_steps: int = 4

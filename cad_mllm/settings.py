@@ -119,6 +119,9 @@ def _parse_over_yaml(
 ) -> tuple[TrainConfig, A]:
     config_path = _find_config_path(argv)
     base = TrainConfig() if config_path is None else read_yaml(config_path)
+    if _is_given("--batch_size", argv) and not _is_given("--pack_tokens", argv):
+        # Two ways to say what a micro-batch is, and a flag wins over the file.
+        base = dataclasses.replace(base, optim=dataclasses.replace(base.optim, pack_tokens=0))
     default = arguments(config=config_path, **_sections(base))
     parsed = parse_flags(arguments, argv, prog=prog, examples=examples, default=default)
     config = TrainConfig(**_sections(parsed))
@@ -245,6 +248,11 @@ def _find_config_path(argv: Sequence[str]) -> Path | None:
         elif token == "--config" and position + 1 < len(argv):
             found = argv[position + 1]
     return None if found is None else Path(found)
+
+
+def _is_given(flag: str, argv: Sequence[str]) -> bool:
+    """Whether the command line names the flag, in any of its spellings (`--batch-size=4`)."""
+    return flag in ("--" + token.partition("=")[0][2:].replace("-", "_") for token in argv)
 
 
 def _sections(config: TrainConfig) -> dict[str, Any]:

@@ -112,6 +112,27 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path)
     assert parse(f"--config={file}", "--use_lora").model.use_lora
 
 
+@pytest.mark.parametrize(
+    ("flags", "batch_size", "pack_tokens"),
+    [
+        ([], 2, 8192),
+        (["--pack_tokens", "4096"], 2, 4096),
+        (["--batch_size", "4"], 4, 0),
+        (["--batch-size=4"], 4, 0),
+        (["--batch_size", "4", "--pack_tokens", "4096"], 4, 4096),
+        (["--gradient_accumulation_steps", "4"], 2, 8192),
+    ],
+)
+def test_a_batch_size_takes_the_place_of_the_packs_of_the_file(
+    flags: list[str], batch_size: int, pack_tokens: int, tmp_path: Path
+) -> None:
+    """The commands of the quick start, which name it, mean the same over a file that packs."""
+    file = tmp_path / "run.yaml"
+    file.write_text("pack_tokens: 8192\n")
+    optim = parse("--config", str(file), *flags).optim
+    assert (optim.batch_size, optim.pack_tokens) == (batch_size, pack_tokens)
+
+
 def test_scientific_notation_that_yaml_reads_as_text_becomes_a_number(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("stage1_lr: 2e-5\n")
