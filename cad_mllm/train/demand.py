@@ -38,6 +38,8 @@ class Demand:
     flash_attention: bool
     zero_stage: int
     """0: without DeepSpeed."""
+    keeps_weights: bool
+    """ZeRO-3 keeps whole what it has gathered."""
     offload_optimizer: bool
     offload_param: bool
     parameters: int
@@ -48,6 +50,11 @@ class Demand:
     """Batches in /dev/shm, for each rank."""
     checkpoints_kept: int
     """0: all of them."""
+
+    @property
+    def gathers_in_micro_batches(self) -> bool:
+        """ZeRO-3 gathers all weights twice in each micro-batch."""
+        return self.zero_stage == 3 and not self.keeps_weights
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -74,6 +81,8 @@ class Demand:
         state = 0 if self.offload_optimizer else self.trainable * each
         if self.zero_stage == 3:
             weights //= world_size
+            if self.keeps_weights:  # beside the shards
+                weights += self.parameters * self.weight_bytes
         if self.zero_stage:
             state //= world_size
         return weights + state
@@ -96,12 +105,11 @@ def recomputed_layers(config: TrainConfig, zero: ZeroConfig | None, world: World
     if demand.zero_stage >= 2:
         gradients //= world.size
     gathered = 0
-    if demand.zero_stage == 3:
+    if demand.gathers_in_micro_batches:
         # A frozen head and frozen embeddings are whole for a moment each, if at all.
         heads = 1 if config.model.use_lora else 2
         at_a_time = _GATHERED_LAYERS * layer.parameters + heads * layer.head_parameters
-        keeps_all = zero is not None and zero.keeps_weights
-        gathered = (demand.parameters if keeps_all else at_a_time) * demand.weight_bytes
+        gathered = at_a_time * demand.weight_bytes
     loss = _LOSS_BYTES + (0 if config.model.use_lora else 4 * layer.head_parameters)
     least = (
         demand.gpu_bytes(world.size)
@@ -129,6 +137,7 @@ def demand_of(config: TrainConfig, zero: ZeroConfig | None, world: World) -> Dem
         flash_attention=config.model.attn_implementation == "flash_attention_2"
         and world.device.type == "cuda",
         zero_stage=zero.stage if zero is not None else 0,
+        keeps_weights=zero is not None and zero.keeps_weights,
         offload_optimizer=zero is not None and zero.offload_optimizer,
         offload_param=zero is not None and zero.offload_param,
         parameters=counts.total,

@@ -12,8 +12,9 @@ from cad_mllm.train.machine import RankFacts
 
 _SOCKETS_REMEDY = (
     "ZeRO-3 gathers every weight in every micro-step; over sockets it ran 4.3 times slower than over shared "
-    "memory. Use one pod for all GPUs of a node (the overlays -1x4), or ds_zero2_config.json, or a larger "
-    "--batch_size with fewer --gradient_accumulation_steps"
+    "memory. Use one pod for all GPUs of a node (the overlays -1x4), or ds_zero2_config.json, or "
+    "ds_zero3_resident.json (which keeps them), or larger micro-batches (--pack_tokens, --batch_size) with "
+    "fewer --gradient_accumulation_steps"
 )
 _SLOW = 4e9
 """Bytes per second; sockets bring about 3e9, shared memory over PCIe 4 more than 10e9."""
@@ -36,7 +37,7 @@ def check_transport(ranks: Sequence[RankFacts], demand: Demand) -> Finding | Non
     if len(hosts) > 1:
         parts.append(f"{between} between {len(hosts)} hosts")
     found = "NCCL: " + ", ".join(parts)
-    if demand.zero_stage == 3 and any("sockets" in part for part in parts):
+    if demand.gathers_in_micro_batches and any("sockets" in part for part in parts):
         return Finding(check="transport", found=found, verdict="warning", remedy=_SOCKETS_REMEDY)
     return Finding(check="transport", found=found)
 
@@ -60,7 +61,7 @@ def measure_all_gather(world: World) -> float:
 def judge_bandwidth(bytes_per_second: float, demand: Demand) -> Finding:
     """What the measured all-gather means for this run."""
     found = f"{bytes_per_second / 1e9:.1f} GB/s into each rank"
-    if demand.zero_stage != 3:
+    if not demand.gathers_in_micro_batches:
         return Finding(check="all-gather", found=found)
     gathers = 2 * demand.parameters * demand.weight_bytes / bytes_per_second
     found += f"; ZeRO-3 gathers the weights twice a micro-step, {gathers:.1f} s"

@@ -59,6 +59,7 @@ def demand(**changes: Any) -> Demand:
         may_use_cpu=False,
         flash_attention=False,
         zero_stage=3,
+        keeps_weights=False,
         offload_optimizer=False,
         offload_param=False,
         parameters=8_300_000_000,

@@ -14,13 +14,19 @@ LAYERS = 36
 FOUR = World(rank=0, size=4, local_rank=0, local_size=4, device=torch.device("cpu"), control=None)
 
 
-def zero(stage: int) -> ZeroConfig:
+def zero(stage: int, **section: object) -> ZeroConfig:
     return ZeroConfig(
-        config={}, stage=stage, offload_optimizer=False, offload_param=False, optimizer=OptimizerSettings()
+        config={"zero_optimization": section},
+        stage=stage,
+        offload_optimizer=False,
+        offload_param=False,
+        optimizer=OptimizerSettings(),
     )
 
 
-def layers(memory_gb: float, *, stage: int = 3, pack_tokens: int = 8192, **model: object) -> int | None:
+def layers(
+    memory_gb: float, *, stage: int = 3, keeps: bool = False, pack_tokens: int = 8192, **model: object
+) -> int | None:
     config = TrainConfig(
         model=ModelConfig(
             llm_model_name="qwen3-8b-random",
@@ -31,7 +37,8 @@ def layers(memory_gb: float, *, stage: int = 3, pack_tokens: int = 8192, **model
         data=DataConfig(max_seq_length=2048),
         optim=OptimConfig(batch_size=4, pack_tokens=pack_tokens),
     )
-    return recomputed_layers(config, zero(stage), FOUR)
+    threshold = 10**11 if keeps else 40_960
+    return recomputed_layers(config, zero(stage, stage3_param_persistence_threshold=threshold), FOUR)
 
 
 def test_without_a_limit_all_layers_are_recomputed() -> None:
@@ -50,6 +57,7 @@ def test_what_takes_memory_leaves_less_for_activations() -> None:
     assert usual is not None
     assert layers(60.0, pack_tokens=16384) > usual  # type: ignore[operator]
     assert layers(60.0, stage=2) > usual  # type: ignore[operator]  # all weights on every card
+    assert layers(60.0, keeps=True) >= layers(60.0, stage=2)  # type: ignore[operator]  # and a shard of them
     assert layers(60.0, use_lora=False) > usual  # type: ignore[operator]  # optimiser state of all weights
     assert layers(60.0, pack_tokens=0) == usual  # 4 x 2,048 padded tokens
 

@@ -224,6 +224,16 @@ def test_a_slow_all_gather_is_a_warning_where_zero3_needs_it() -> None:
     assert slow.verdict == "warning" and "3.0 GB/s" in slow.found and "11.1 s" in slow.found
     assert transport.judge_bandwidth(20e9, demand()).verdict == "ok"
     assert transport.judge_bandwidth(3e9, demand(zero_stage=2)).verdict == "ok"
+    assert transport.judge_bandwidth(3e9, demand(keeps_weights=True)).verdict == "ok"
+
+
+def test_zero3_that_keeps_its_weights_may_use_sockets() -> None:
+    machines = ranks(4, hosts=4)
+    gathers, keeps = (
+        transport.check_transport(machines, demand(keeps_weights=kept)) for kept in (False, True)
+    )
+    assert gathers is not None and "ds_zero3_resident.json" in gathers.remedy
+    assert keeps is not None and (keeps.found, keeps.verdict) == ("NCCL: sockets between 4 hosts", "ok")
 
 
 def test_a_refusal_names_every_refused_line_and_no_warning() -> None:
@@ -246,6 +256,7 @@ def test_a_refusal_names_every_refused_line_and_no_warning() -> None:
         (demand(zero_stage=0), 2 * 8.3e9 + 12 * 125e6),
         (demand(zero_stage=2), 2 * 8.3e9 + 12 * 125e6 / 4),
         (demand(zero_stage=3), (2 * 8.3e9 + 12 * 125e6) / 4),
+        (demand(keeps_weights=True), 2 * 8.3e9 + (2 * 8.3e9 + 12 * 125e6) / 4),
         (OFFLOAD, 0),
         (demand(zero_stage=0, weight_bytes=4), 4 * 8.3e9 + 8 * 125e6),
     ],
