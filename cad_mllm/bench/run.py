@@ -123,9 +123,8 @@ def _time_all(
     for done, job in enumerate(jobs):
         left = (time.monotonic() - began) / done * (len(jobs) - done) if done else None
         about = "" if left is None else f", {math.ceil(left / 60)} min left"
-        console.print(
-            f"{done + 1}/{len(jobs)} {job.peer.title}, {job.ranks} ranks{about} ...", highlight=False
-        )
+        ranks = f"{job.ranks} rank{'s' if job.ranks > 1 else ''}"
+        console.print(f"{done + 1}/{len(jobs)} {job.peer.title}, {ranks}{about} ...", highlight=False)
         outcome = _timed(job, end - time.monotonic(), results["device"])
         if isinstance(outcome, Figures):
             reference = outcome if reference is None and job.name == _REFERENCE else reference
