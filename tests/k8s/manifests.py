@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OVERLAYS = ROOT / "k8s/overlays"
 NAMES = sorted(path.parent.relative_to(OVERLAYS).as_posix() for path in OVERLAYS.rglob("kustomization.yaml"))
 
-VARIANTS = ("zero2", "zero3", "zero3-offload")
+VARIANTS = ("zero2", "zero3", "zero3-resident", "zero3-offload")
 TRAINING = tuple(
     name for zero in VARIANTS for name in (zero, f"{zero}-1x4", f"mpi-{zero}", f"trainjob-{zero}")
 )

@@ -32,6 +32,7 @@ GIB = 2**30
 CONFIGS = {
     "zero2": "ds_zero2_config.json",
     "zero3": "ds_zero3_config.json",
+    "zero3-resident": "ds_zero3_resident.json",
     "zero3-offload": "ds_zero3_offload.json",
 }
 
@@ -51,7 +52,7 @@ class Expected:
 def expected(name: str) -> Expected:
     zero = next(one for one in sorted(VARIANTS, key=len, reverse=True) if one in name)
     single = name.endswith("-1x4")
-    memory = {"zero2": ("28Gi", "104Gi"), "zero3": ("28Gi", "104Gi"), "zero3-offload": ("72Gi", "232Gi")}
+    memory = dict.fromkeys(VARIANTS, ("28Gi", "104Gi")) | {"zero3-offload": ("72Gi", "232Gi")}
     if name.startswith("mpi-"):
         kind, roles = "MPIJob", {"Launcher": 1, "Worker": 4}
     elif name.startswith("trainjob-"):

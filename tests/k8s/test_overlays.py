@@ -22,7 +22,7 @@ pytestmark = needs_kubectl
 
 def test_the_overlays_are_these() -> None:
     assert sorted([*JOBS, *STORAGE]) == NAMES
-    assert len(TRAINING) == 12
+    assert len(TRAINING) == 16
 
 
 @pytest.mark.parametrize("name", JOBS)
