@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cad_mllm.config import TrainConfig
+from cad_mllm.config import OptimConfig, TrainConfig
 from cad_mllm.data.atomic import make_writable
 from cad_mllm.data.augment import Augmentation
 from cad_mllm.data.collate import SequenceSpec
@@ -116,7 +116,7 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
         done = state.position.global_step if state is not None else 0
         tracker = RunTracker(config.run, run_config=to_flat(config), resumed_step=done)
     described = (*notes, *(_describe(report) for report in reports))
-    for line in (_describe_world(world), *checked.warnings, *described):
+    for line in (_describe_world(world), _describe_step(config.optim, world), *checked.warnings, *described):
         tracker.say(line)
     if resume is not None:
         tracker.say(f"resumed from {resume}")
@@ -162,6 +162,14 @@ def prepare_run(config: TrainConfig, world: World) -> Run:
 def _describe_world(world: World) -> str:
     device = "CPU" if world.device.type == "cpu" else torch.cuda.get_device_name(world.device)
     return f"world size {world.size}: {world.local_size} on this machine, {device}"
+
+
+def _describe_step(optim: OptimConfig, world: World) -> str:
+    micro_batches = optim.gradient_accumulation_steps * world.size
+    if optim.pack_tokens:
+        return f"each step: {micro_batches} x {optim.pack_tokens:,} tokens, packed"
+    samples = micro_batches * optim.batch_size
+    return f"each step: {micro_batches} x {optim.batch_size} = {samples} samples, padded"
 
 
 def _global_batch(config: TrainConfig, world: World) -> int:
