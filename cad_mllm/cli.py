@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from cad_mllm.commands import bench, cluster, data, programs, training
-from cad_mllm.errors import CadMllmError, ConfigError, ExitCode, without_credentials
+from cad_mllm.errors import GPU_MEMORY_REMEDY, CadMllmError, ConfigError, ExitCode, without_credentials
 from cad_mllm.settings import TRAIN_EXAMPLES, show
 
 _INTERRUPTED = 130
@@ -125,9 +125,7 @@ def _known_to_torch(error: Exception) -> tuple[ExitCode, str] | None:
     of_gpu = isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError))
     if (of_peers or of_gpu) and _OUT_OF_MEMORY.search(text):
         return ExitCode.OUT_OF_MEMORY, (
-            "the GPU is out of memory: --batch_size 1 with more --gradient_accumulation_steps, "
-            "--use_gradient_checkpointing, a smaller --max_seq_length, then ZeRO-3 or ds_zero3_offload.json "
-            f"({_first_line(text)})"
+            f"the GPU is out of memory: {GPU_MEMORY_REMEDY} ({_first_line(text)})"
         )
     if (of_peers and not _MISUSE_OF_NCCL.search(text)) or (
         type(error) is RuntimeError and _in_process_group() and _LOST_BY_GLOO.search(text)

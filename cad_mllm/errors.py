@@ -8,6 +8,13 @@ import re
 from enum import IntEnum
 from typing import ClassVar
 
+GPU_MEMORY_REMEDY = (
+    "--batch_size 1, or half of --pack_tokens, with more --gradient_accumulation_steps, "
+    "--use_gradient_checkpointing (with less --gpu_memory_gb), a smaller --max_seq_length, then ZeRO-3 or "
+    "ds_zero3_offload.json"
+)
+"""For a run whose batches do not fit a GPU: first what costs least."""
+
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
 
 

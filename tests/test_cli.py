@@ -347,7 +347,7 @@ def test_what_torch_raises_for_a_full_gpu_and_a_lost_peer_has_a_code(
         assert lines[0].startswith("Traceback")
     else:
         assert len(lines) == 2 and lines[0].startswith("[rank 3] error: ") and message in lines[0]
-        assert {6: "--batch_size 1", 170: "--resume_from_ckpt auto"}[code] in lines[0]
+        assert {6: "half of --pack_tokens", 170: "--resume_from_ckpt auto"}[code] in lines[0]
 
 
 def test_a_rank_that_fails_in_a_process_group_leaves_without_tear_down() -> None:

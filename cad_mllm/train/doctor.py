@@ -15,7 +15,7 @@ from rich.text import Text
 from cad_mllm.config import TrainConfig
 from cad_mllm.data.atomic import make_writable, write_json
 from cad_mllm.data.sequence import needed_modalities
-from cad_mllm.errors import ConfigError, ExitCode, PreflightError
+from cad_mllm.errors import GPU_MEMORY_REMEDY, ConfigError, ExitCode, PreflightError
 from cad_mllm.model.build import check_attention
 from cad_mllm.train.assemble import build_engine, build_networks, resolve_zero, sequence_spec
 from cad_mllm.train.checks import Finding, Verdict
@@ -109,9 +109,8 @@ def _measure(config: TrainConfig, zero: ZeroConfig | None, world: World) -> list
         except torch.OutOfMemoryError as error:
             # The other ranks may be waiting in a collective: this one ends alone, and its launcher ends them.
             raise PreflightError(
-                f"largest batch: {batch} do not fit the GPU of rank {world.rank}: --batch_size 1 with more "
-                "--gradient_accumulation_steps, --use_gradient_checkpointing, a smaller --max_seq_length, "
-                f"then ZeRO-3 or ds_zero3_offload.json ({str(error).splitlines()[0]})"
+                f"largest batch: {batch} do not fit the GPU of rank {world.rank}: {GPU_MEMORY_REMEDY} "
+                f"({str(error).splitlines()[0]})"
             ) from error
     peaks = world.gather(peak)
     total = torch.cuda.get_device_properties(world.device).total_memory
