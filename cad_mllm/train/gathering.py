@@ -16,6 +16,8 @@ from torch.distributed import distributed_c10d
 from cad_mllm.model.loss import LinearCrossEntropy
 
 _GATHERS_AHEAD = 2
+_PORTION_BYTES = 2**29
+"""Of weights that are gathered in one call: it takes as much memory again, and all of an 8B LM are 16 GB."""
 
 
 def gather_layer_by_layer(module: nn.Module) -> None:
@@ -69,8 +71,9 @@ class KeptWhole:
     """The persistent parameters of ZeRO-3: whole on every rank, from the start to the end of a run.
 
     DeepSpeed releases them before each update and gathers each by itself after it: on an 8B LM with LoRA 649
-    of the 717 all-gathers of a step. Here an update is followed by one all-gather of all that it changed. And
-    where DeepSpeed walks through a layer, ten times a micro-batch, it does not see them any more.
+    of the 717 all-gathers of a step. Here an update is followed by one all-gather of all that it changed
+    (some, if all weights train). And where DeepSpeed walks through a layer, ten times a micro-batch, it does
+    not see them any more.
     """
 
     def __init__(self, zero: Any) -> None:
@@ -86,9 +89,9 @@ class KeptWhole:
             p.data = torch.empty(p.ds_shape, dtype=p.dtype, device=p.device)
             p.ds_status = type(p.ds_status).AVAILABLE
             p.ds_active_sub_modules.clear()
-        for shards in _by_dtype(kept, zero.dp_process_group):
+        for shards in _portions(kept, zero.dp_process_group):
             shards.gather()
-        self._trained = _by_dtype([p for p in kept if p.requires_grad], zero.dp_process_group)
+        self._trained = _portions([p for p in kept if p.requires_grad], zero.dp_process_group)
         _let_the_host_run_ahead(offload.get_param_coordinator(), _gathered_at_once(offload.module))
         hidden = frozenset(id(p) for p in kept)
         sharded = _Shown(offload.module, hidden)
@@ -154,9 +157,20 @@ class _Shards:
             data.copy_(part_WN.view(-1)[: data.numel()].view_as(data))
 
 
-def _by_dtype(parameters: Sequence[Any], group: Any) -> list[_Shards]:
-    dtypes = sorted({p.ds_tensor.dtype for p in parameters}, key=str)
-    return [_Shards([p for p in parameters if p.ds_tensor.dtype == dtype], group) for dtype in dtypes]
+def _portions(parameters: Sequence[Any], group: Any) -> list[_Shards]:
+    """Of one dtype and of limited size each; a parameter is in one of them."""
+    portions: list[list[Any]] = []
+    for dtype in sorted({p.ds_tensor.dtype for p in parameters}, key=str):
+        room = 0
+        for p in parameters:
+            if p.ds_tensor.dtype == dtype:
+                size = p.ds_numel * dtype.itemsize
+                if size > room:
+                    portions.append([])
+                    room = _PORTION_BYTES
+                portions[-1].append(p)
+                room -= size
+    return [_Shards(portion, group) for portion in portions]
 
 
 def gather_in_place(module: nn.Module) -> None:

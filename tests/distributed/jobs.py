@@ -211,6 +211,36 @@ def all_gathers_of_steps(flags: list[str]) -> list[list[int]]:
     return counts
 
 
+def kept_whole(job: dict[str, Any]) -> list[Any]:
+    """A run under ZeRO-3 starts that keeps what it gathers, so many bytes at a time.
+
+    The answer: the most bytes that one call gave, those of the largest parameter, and whether every parameter
+    is what the ranks' shards are.
+    """
+    from deepspeed import comm
+
+    torch.set_num_threads(1)
+    gathering._PORTION_BYTES = job["portion"]
+    config, gather, given = parse_train_args(job["flags"]), comm.all_gather_into_tensor, []
+
+    def seen(output: Any, *rest: Any, **more: Any) -> Any:
+        given.append(output.numel() * output.element_size())
+        return gather(output, *rest, **more)
+
+    comm.all_gather_into_tensor = seen
+    with world(config.run) as ranks:
+        run = prepare_run(config, ranks)
+        run.tracker.close()
+        comm.all_gather_into_tensor = gather
+        whole, largest = True, 0
+        for p in run.engine.module.parameters():
+            parts = [torch.empty_like(p.ds_tensor) for _ in range(ranks.size)]
+            torch.distributed.all_gather(parts, p.ds_tensor.detach().contiguous())
+            whole &= torch.equal(torch.cat(parts)[: p.ds_numel].view(p.ds_shape), p.data)
+            largest = max(largest, p.ds_numel * p.element_size())
+    return [max(given), largest, whole]
+
+
 def fetched_backward(flags: list[str]) -> list[str]:
     """`train_all` of one run under ZeRO-3; the kinds of modules whose weights a backward pass asks for."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator

@@ -48,6 +48,16 @@ def test_a_resident_run_gathers_after_an_update_only_what_it_changed(data: Path,
     assert all(elements <= 1.01 * trained for _, elements in counts)
 
 
+def test_a_resident_run_gathers_at_its_start_a_little_at_a_time(data: Path, tmp_path: Path) -> None:
+    """All at once it took the memory of all weights once more."""
+    words = short_run(data, tmp_path / "run", "zero3_resident", stage3_epochs=1)
+    portion = 2**17
+    job = {"flags": words, "portion": portion}
+    for most, largest, whole in run_ranks(JOBS, "kept_whole", job, world_size=2, seconds=120):
+        assert whole
+        assert most <= max(portion, largest) + 1024  # shards are padded
+
+
 @pytest.mark.parametrize("use_lora", [True, False], ids=["frozen", "trained"])
 def test_deepspeed_gathers_layers_embeddings_and_head_for_the_backward_pass_only_if_they_train(
     data: Path, tmp_path: Path, use_lora: bool
