@@ -348,8 +348,9 @@ def _identity(config: TrainConfig, global_batch: int, fingerprint: str) -> dict[
 def _check_identity(folder: Path, saved: Mapping[str, object], now: Mapping[str, object]) -> None:
     for name, value in now.items():
         if saved.get(name) != value:
+            before, here = ("off" if one is None else one for one in (saved.get(name), value))
             raise CheckpointError(
-                f"{folder} was trained with {name} = {saved.get(name)}, this run has {value}. "
+                f"{folder} was trained with {name} = {before}, this run has {here}. "
                 f"Use the same value, "
                 f"or start afresh in another --output_dir without --resume_from_ckpt."
             )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cad_mllm.errors import ConfigError
+from cad_mllm.errors import CheckpointError, ConfigError
 from cad_mllm.settings import parse_train_args
 from cad_mllm.train.distributed import world
 from cad_mllm.train.run import prepare_run
@@ -36,3 +36,12 @@ def test_a_run_says_what_a_step_is(
     with world(config.run) as alone:
         prepare_run(config, alone).tracker.close()
     assert said in capsys.readouterr().out.splitlines()
+
+
+def test_a_resumed_run_that_packs_otherwise_is_told_what_was_set(tmp_path: Path) -> None:
+    data = write_data(tmp_path / "data")
+    given = {"max_seq_length": 1024, "stage1_epochs": 1, "stage2_epochs": 0, "stage3_epochs": 0}
+    padded = flags(data, tmp_path / "run", ranks=1, zero=None, **given)
+    train(parse_train_args(padded))
+    with pytest.raises(CheckpointError, match="with --pack_tokens = off, this run has 1024"):
+        train(parse_train_args([*padded, "--pack_tokens", "1024", "--resume_from_ckpt", "auto"]))
