@@ -36,7 +36,7 @@ class ModelConfig:
     use_gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a quarter to a third slower."""
     gpu_memory_gb: float = 0.0
-    """With gradient checkpointing: recompute only as many layers as so much memory asks for (0: all)."""
+    """With gradient checkpointing: recompute only what does not fit so much memory, or the GPU's (0: all)."""
     dtype: DType = "bfloat16"
     """Precision of weights and activations (optimiser state and master weights are fp32)."""
 

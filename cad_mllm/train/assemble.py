@@ -10,6 +10,7 @@ from cad_mllm.model.sizes import layer_sizes
 from cad_mllm.train.demand import recomputed_layers
 from cad_mllm.train.distributed import World
 from cad_mllm.train.engine import Engine, PlainEngine, ZeroEngine
+from cad_mllm.train.machine import smallest_gpu
 from cad_mllm.train.zero import ModelShape, OptimizerSettings, ZeroConfig, read_deepspeed_json, resolve
 
 
@@ -40,7 +41,7 @@ def build_networks(
         zero3_config=zero.for_sharded_construction if zero is not None else None,
         allow_random_encoders=config.data.create_dummy_data,
         packed=config.optim.pack_tokens > 0,
-        recomputed_layers=recomputed_layers(config, zero, world),
+        recomputed_layers=recomputed_layers(config, zero, world, card_bytes=smallest_gpu(world)),
         fused=fused,
     )
 

@@ -1,5 +1,6 @@
 """What a run asks of its machines, from its configuration and the model's sizes; nothing is built."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,9 +89,12 @@ class Demand:
         return weights + state
 
 
-def recomputed_layers(config: TrainConfig, zero: ZeroConfig | None, world: World) -> int | None:
+def recomputed_layers(
+    config: TrainConfig, zero: ZeroConfig | None, world: World, *, card_bytes: int | None
+) -> int | None:
     """Decoder layers to recompute so that a rank stays below --gpu_memory_gb, by estimate; None: all.
 
+    `card_bytes`, the memory of the smallest GPU of all ranks (None on a CPU), is the limit where it is less.
     Counted are weights and optimiser state, gradients, what ZeRO-3 has gathered at a time, the chunk of
     logits, the input of each recomputed layer, one layer that is being recomputed (with its gradients), and
     all activations of the others.
@@ -118,7 +122,8 @@ def recomputed_layers(config: TrainConfig, zero: ZeroConfig | None, world: World
         + loss
         + tokens * (layer.num_layers * layer.input_bytes + 2 * layer.activation_bytes)
     )
-    room = config.model.gpu_memory_gb * 1e9 * _USABLE - _CONTEXT_BYTES - least
+    budget = min(config.model.gpu_memory_gb * 1e9, math.inf if card_bytes is None else card_bytes)
+    room = budget * _USABLE - _CONTEXT_BYTES - least
     kept = int(max(0.0, room) // (tokens * (layer.activation_bytes - layer.input_bytes)))
     return max(0, layer.num_layers - kept)
 

@@ -230,6 +230,13 @@ def reaches_peers(world: World) -> bool:
     return all(torch.cuda.can_device_access_peer(own, other) for other in others)
 
 
+def smallest_gpu(world: World) -> int | None:
+    """Bytes of memory of the smallest GPU of all ranks, on all of them alike; None on a CPU."""
+    if world.device.type != "cuda":
+        return None
+    return min(world.gather(torch.cuda.get_device_properties(world.device).total_memory))
+
+
 def _driver_version() -> str | None:
     with suppress(OSError):
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")

@@ -25,7 +25,13 @@ def zero(stage: int, **section: object) -> ZeroConfig:
 
 
 def layers(
-    memory_gb: float, *, stage: int = 3, keeps: bool = False, pack_tokens: int = 8192, **model: object
+    memory_gb: float,
+    *,
+    stage: int = 3,
+    keeps: bool = False,
+    pack_tokens: int = 8192,
+    card_gb: int | None = None,
+    **model: object,
 ) -> int | None:
     config = TrainConfig(
         model=ModelConfig(
@@ -38,7 +44,9 @@ def layers(
         optim=OptimConfig(batch_size=4, pack_tokens=pack_tokens),
     )
     threshold = 10**11 if keeps else 40_960
-    return recomputed_layers(config, zero(stage, stage3_param_persistence_threshold=threshold), FOUR)
+    settings = zero(stage, stage3_param_persistence_threshold=threshold)
+    card_bytes = None if card_gb is None else card_gb * 10**9
+    return recomputed_layers(config, settings, FOUR, card_bytes=card_bytes)
 
 
 def test_without_a_limit_all_layers_are_recomputed() -> None:
@@ -50,6 +58,12 @@ def test_more_memory_recomputes_less_from_all_to_none() -> None:
     assert counts[0] == LAYERS and counts[-1] == 0
     assert counts == sorted(counts, reverse=True)  # type: ignore[type-var]
     assert 0 < layers(48.0) < LAYERS  # type: ignore[operator]  # a card of four with the 8B LM, LoRA
+
+
+def test_a_card_is_not_taken_for_larger_than_it_is() -> None:
+    assert layers(44.0, card_gb=24) == layers(24.0) != layers(44.0)
+    assert layers(44.0, card_gb=80) == layers(44.0)
+    assert layers(0.0, card_gb=24) is None
 
 
 def test_what_takes_memory_leaves_less_for_activations() -> None:

@@ -2,8 +2,9 @@
 
 import json
 import pickle
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from cad_mllm.model.multimodal import parameter_groups
 from cad_mllm.model.presets import QWEN3_8B_RANDOM, TINY
 from cad_mllm.model.sizes import parameter_counts
 from cad_mllm.train.distributed import World
-from cad_mllm.train.machine import RankFacts, gather_facts, host_memory
+from cad_mllm.train.machine import RankFacts, gather_facts, host_memory, smallest_gpu
 from cad_mllm.train.provenance import provenance
 from cad_mllm.train.zero import missing_for_ops
 from tests.model.conftest import CPU, tiny_config
@@ -67,6 +68,16 @@ def test_memory_is_the_containers_where_that_is_less(tmp_path: Path) -> None:
     (cgroup / "memory" / "memory.limit_in_bytes").write_text("400000\n")
     (cgroup / "memory" / "memory.usage_in_bytes").write_text("100000\n")
     assert host_memory(proc=proc, cgroup=cgroup) == (300_000, 400_000)
+
+
+def test_the_smallest_gpu_counts_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    others = [48 * 10**9, 24 * 10**9]
+    monkeypatch.setattr(World, "gather", lambda self, value: [value, *others])
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9)
+    )
+    assert smallest_gpu(replace(ALONE, device=torch.device("cuda", 0))) == 24 * 10**9
+    assert smallest_gpu(ALONE) is None
 
 
 def test_what_compiling_an_op_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
