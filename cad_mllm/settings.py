@@ -252,7 +252,8 @@ def _find_config_path(argv: Sequence[str]) -> Path | None:
 
 def _is_given(flag: str, argv: Sequence[str]) -> bool:
     """Whether the command line names the flag, in any of its spellings (`--batch-size=4`)."""
-    return flag in ("--" + token.partition("=")[0][2:].replace("-", "_") for token in argv)
+    spelled = (token.partition("=")[0] for token in argv if token.startswith("--"))
+    return flag in ("--" + name[2:].replace("-", "_") for name in spelled)
 
 
 def _sections(config: TrainConfig) -> dict[str, Any]:

@@ -121,6 +121,7 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path)
         (["--batch-size=4"], 4, 0),
         (["--batch_size", "4", "--pack_tokens", "4096"], 4, 4096),
         (["--gradient_accumulation_steps", "4"], 2, 8192),
+        (["--output_dir", "a_batch_size"], 2, 8192),
     ],
 )
 def test_a_batch_size_takes_the_place_of_the_packs_of_the_file(
